@@ -427,7 +427,8 @@ class GatewayConfig(Strict):
     """A longer request body is answered with 413; for a compressed one, its decoded size counts."""
     max_receiving_bytes: Annotated[int, Field(ge=1024)] = 128 * 1024 * 1024
     """Bytes of all requests that a gateway replica is receiving at one time, and of compressed bodies that it
-    has decoded. Beyond it the largest unfinished requests are answered with 503."""
+    has decoded. Beyond it the largest unfinished requests are answered with 503. Large bodies of requests
+    that are being handled may have four times as much."""
     allowed_hosts: list[HostName] = Field(default_factory=list)
     """Names in the ``Host`` header that are accepted, in any case and with any port. While ``host`` is a
     loopback address, other names that could be someone's in the public DNS are refused with 403, against DNS

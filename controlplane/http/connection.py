@@ -16,7 +16,7 @@ import httptools
 
 from controlplane.errors import BadRequest, GatewayExhausted, RequestError, RequestTooSlow, UnknownMethod
 from controlplane.http.intake import Intake
-from controlplane.http.limits import RETRY_AFTER_S, ServerLimits
+from controlplane.http.limits import LARGE_BODY_BYTES, RETRY_AFTER_S, ServerLimits
 from controlplane.http.messages import JSON_TYPE, Request, error_headers, error_value, json_bytes
 from controlplane.http.responder import HttpResponder
 
@@ -165,7 +165,7 @@ class ClientConnection(asyncio.Protocol):
             self._feed(data)
         else:
             self._feed_in_pieces(data)
-        if self._ready and len(self._ready) >= self._limits.pipelined and self._transport is not None:
+        if self._task is not None and self._transport is not None and self._much_is_waiting():
             self._reading_paused = True
             self._transport.pause_reading()
         if self.in_request and self._rejection is None:
@@ -175,11 +175,18 @@ class ClientConnection(asyncio.Protocol):
                 self._held = True
                 self._intake.receiving.hold(self, self._body_bytes + self._quiet_bytes)
 
+    def _much_is_waiting(self) -> bool:
+        """Whether as much as is allowed has arrived behind the request that is being handled."""
+        return len(self._ready) >= self._limits.pipelined or self._waiting_bytes() > LARGE_BODY_BYTES
+
+    def _waiting_bytes(self) -> int:
+        return self._body_bytes * self.in_request + sum(len(request.body) for request, _ in self._ready)
+
     def _feed_in_pieces(self, data: bytes) -> None:
         view = memoryview(data)
         start = 0
         while start < len(data) and self._rejection is None:
-            if len(self._ready) >= self._limits.pipelined:
+            if self._task is not None and self._much_is_waiting():
                 self._unparsed = bytes(view[start:])
                 return
             in_body = self.in_request and self._head_complete
@@ -341,7 +348,7 @@ class ClientConnection(asyncio.Protocol):
                     response.abort()
                 if self.congested:
                     await self.drain()
-                if self._reading_paused and len(self._ready) < self._limits.pipelined:
+                if self._reading_paused and not self._much_is_waiting():
                     self._resume_reading()
                 if self.closed or not self._ready:
                     break
@@ -356,6 +363,8 @@ class ClientConnection(asyncio.Protocol):
             self._since_s = monotonic()
         if self._rejection is not None:
             self._send_rejection(self._rejection)
+        elif self._reading_paused and not self.closed:
+            self._resume_reading()
         elif self._half_closed:
             self.close()
 

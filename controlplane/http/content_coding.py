@@ -23,6 +23,11 @@ _AT_ONCE_BYTES: Final = 256 * 1024
 _PIECE_BYTES: Final = 1024 * 1024
 _ZSTD_WINDOW_BYTES: Final = 8 * 1024 * 1024
 """The largest window that a decoder is expected to support (RFC 9659)."""
+_ZSTD_HEADER_BYTES: Final = 18
+_ZSTD_SKIPPABLE: Final = b"\x2a\x4d\x18"
+_ZSTD_BLOCKS: Final = 20_000
+_ZSTD_REPEATED: Final = 1
+"""The type of a block that is one byte, repeated."""
 _FAULTS: Final = (ValueError, EOFError, zstandard.ZstdError)
 
 
@@ -46,6 +51,50 @@ class _Inflated:
         if not piece and not self._decoder.complete:
             raise EOFError("it ends too early")
         return piece
+
+
+class _Unpacked:
+    """Reads a body of zstd."""
+
+    def __init__(self, body: bytes) -> None:
+        decoder = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES)
+        self._stream = decoder.stream_reader(body, read_across_frames=True)
+        self._body = body
+
+    def read(self, size: int, /) -> bytes:
+        """Up to ``size`` bytes; empty at the end. The library takes data that is cut off for its end."""
+        piece = self._stream.read(size)
+        if not piece:
+            _check_frames(self._body)
+        return piece
+
+
+def _check_frames(body: bytes) -> None:
+    """Raises EOFError if the last frame of a zstd body is not whole (RFC 8878, 3.1), and ValueError if it has
+    over :data:`_ZSTD_BLOCKS` frames and blocks."""
+    at = parts = 0
+    while at < len(body):
+        parts += 1
+        frame = body[at : at + _ZSTD_HEADER_BYTES]
+        if frame[1:4] == _ZSTD_SKIPPABLE and frame[:1] and frame[0] & 0xF0 == 0x50:
+            if parts > _ZSTD_BLOCKS:
+                raise ValueError(f"it has over {_ZSTD_BLOCKS} frames")
+            at += 8 + int.from_bytes(frame[4:8], "little")
+        else:
+            at += zstandard.frame_header_size(frame)
+            is_last = False
+            while not is_last:
+                block = int.from_bytes(body[at : at + 3], "little")
+                if at + 3 > len(body):
+                    raise EOFError("it ends too early")
+                parts += 1
+                if parts > _ZSTD_BLOCKS:
+                    raise ValueError(f"it has over {_ZSTD_BLOCKS} blocks")
+                is_last = bool(block & 1)
+                at += 3 + (1 if block >> 1 & 3 == _ZSTD_REPEATED else block >> 3)
+            at += 4 if zstandard.get_frame_parameters(frame).has_checksum else 0
+        if at > len(body):
+            raise EOFError("it ends too early")
 
 
 def coding_of(value: str) -> str:
@@ -93,7 +142,4 @@ def _rest(source: _Source, pieces: list[bytes], limit_bytes: int, limit_setting:
 
 
 def _open(coding: str, body: bytes) -> _Source:
-    if coding != "zstd":
-        return _Inflated(coding, body)
-    decoder = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES)
-    return decoder.stream_reader(body, read_across_frames=True)
+    return _Unpacked(body) if coding == "zstd" else _Inflated(coding, body)

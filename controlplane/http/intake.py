@@ -9,7 +9,7 @@ from typing import Final, Generic, TypedDict, TypeVar
 from controlplane.errors import BadRequest, RequestError, UnsupportedEncoding
 from controlplane.http.access import AccessRules
 from controlplane.http.content_coding import CODINGS, coding_of, decode
-from controlplane.http.limits import ReceivingBudget
+from controlplane.http.limits import LARGE_BODY_BYTES, ReceivingBudget
 from controlplane.http.messages import Headers, Request, Responder, payload_too_large, send_error
 
 _ACCEPT_ENCODING: Final = (b"accept-encoding", ", ".join(CODINGS).encode())
@@ -94,7 +94,25 @@ class Intake(Generic[AnyResponder]):
                 return None
         if b"content-encoding" in request.headers:
             return self._decoded(request, out)
+        if len(request.body) > LARGE_BODY_BYTES and self.receiving is not None:
+            return self._counted(request, out, self.receiving)
         return self.handler(request, out)
+
+    async def _counted(self, request: Request, out: AnyResponder, budget: ReceivingBudget) -> None:
+        """Handles a request with a large body, which counts meanwhile."""
+        size_bytes = len(request.body)
+        try:
+            budget.hold_handled(size_bytes)
+        except RequestError as error:
+            self.refused(error)
+            send_error(out, error, None, request.path)
+            return
+        try:
+            rest = self.handler(request, out)
+            if rest is not None:
+                await rest
+        finally:
+            budget.release_handled(size_bytes)
 
     async def _decoded(self, request: Request, out: AnyResponder) -> None:
         held_bytes = 0

@@ -14,6 +14,10 @@ from controlplane.errors import GatewayExhausted, RequestError
 
 MAX_HEAD_BYTES: Final = 64 * 1024
 RETRY_AFTER_S: Final = 1.0
+LARGE_BODY_BYTES: Final = 64 * 1024
+"""Smaller bodies are bounded by the number of connections."""
+_HANDLED_RATIO: Final = 4
+"""So many times the bytes of requests that are being received may be those of requests that are handled."""
 _KEEP_RATIO: Final = 7 / 8
 """When the bytes of unfinished requests are over their limit, the largest are dropped down to this share, so
 that the next byte doesn't search for the largest again."""
@@ -74,10 +78,11 @@ class Unfinished(Protocol):
 
 
 class ReceivingBudget:
-    """The bytes of all requests that are being received, on all connections of a gateway.
+    """The bytes of all requests that are being received or handled, on all connections of a gateway.
 
     Beyond ``limit_bytes`` the largest unfinished requests are refused with 503, so that many large ones can't
-    keep small ones out. ``setting`` names the limit's setting.
+    keep small ones out. Large bodies that have arrived count until their handler has ended, and may have four
+    times as much together. ``setting`` names the limit's setting.
     """
 
     def __init__(self, limit_bytes: int, setting: str) -> None:
@@ -86,6 +91,7 @@ class ReceivingBudget:
         self._setting = setting
         self._bytes: dict[Unfinished, int] = {}
         self.decoded_bytes = 0
+        self.handled_bytes = 0
 
     def hold(self, request: Unfinished, size_bytes: int) -> None:
         """Counts ``size_bytes`` for this request, instead of what was counted for it before."""
@@ -108,6 +114,21 @@ class ReceivingBudget:
     def release_decoded(self, size_bytes: int) -> None:
         """Counts these bytes no more."""
         self.decoded_bytes -= size_bytes
+
+    def hold_handled(self, size_bytes: int) -> None:
+        """Counts the body of a request whose handler begins. Raises :class:`GatewayExhausted` if there is no
+        room for it."""
+        if self.handled_bytes + size_bytes > _HANDLED_RATIO * self.limit_bytes:
+            message = (
+                f"request bodies of over {_HANDLED_RATIO * self.limit_bytes} bytes are being handled "
+                f"({_HANDLED_RATIO} times {self._setting})"
+            )
+            raise GatewayExhausted(message, retry_after_s=RETRY_AFTER_S)
+        self.handled_bytes += size_bytes
+
+    def release_handled(self, size_bytes: int) -> None:
+        """Counts these bytes no more."""
+        self.handled_bytes -= size_bytes
 
     def _exhausted(self) -> GatewayExhausted:
         message = f"request bodies of over {self.limit_bytes} bytes are being received ({self._setting})"

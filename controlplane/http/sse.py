@@ -1,6 +1,7 @@
 """Server-sent events, as far as a relay needs them: where an event ends, and which is the last.
 
-Engines end an event with ``\\n\\n`` or with ``\\r\\n\\r\\n``. The marks of an end are matched
+Engines end an event with ``\\n\\n`` or with ``\\r\\n\\r\\n``; returns without a line feed, which the
+specification allows, become line feeds (:class:`EventBuffer`). The marks of an end are matched
 at the start of a line or together with their quotes. Within a JSON string both would be escaped, so generated
 text that contains such a mark does not match.
 """
@@ -22,6 +23,7 @@ _LAST_EVENT: Final = {
     Api.MESSAGES: re.compile(rb'"type": ?"message_stop"'),
 }
 LINE_FEED: Final = 0x0A
+_LONE_RETURN: Final = re.compile(rb"\r(?!\n)")
 MAX_EVENT_BYTES: Final = 16 * 1024 * 1024
 """The largest event of an engine's stream. The largest that engines send are a prompt's token ids and whole
 responses: megabytes."""
@@ -64,15 +66,19 @@ class EventTooLarge(Exception):
 
 class EventBuffer:
     """Cuts a stream into whole events, in time that is linear in its length. Holds at most
-    :data:`MAX_EVENT_BYTES` of the event that is not whole yet."""
+    :data:`MAX_EVENT_BYTES` of the event that is not whole yet. A line's end ``\\r`` becomes ``\\n``."""
 
-    __slots__ = ("_held",)
+    __slots__ = ("_held", "_return")
 
     def __init__(self) -> None:
         self._held = bytearray()
+        self._return = b""
+        """A return that ``data`` ended with: a line feed may follow."""
 
     def feed(self, data: bytes) -> bytes:
         """The events that ``data`` completes; ``b""`` if there are none. Raises :class:`EventTooLarge`."""
+        if self._return or b"\r" in data:
+            data = self._without_lone_returns(data)
         held = self._held
         end = events_end(data)
         if not held:
@@ -96,5 +102,12 @@ class EventBuffer:
 
     def rest(self) -> bytes:
         """The bytes behind the last whole event; they are removed."""
-        rest, self._held = bytes(self._held), bytearray()
+        rest = bytes(self._held) + self._return
+        self._held, self._return = bytearray(), b""
         return rest
+
+    def _without_lone_returns(self, data: bytes) -> bytes:
+        data, self._return = self._return + data, b""
+        if data.endswith(b"\r") and not data.endswith(b"\r\r"):
+            data, self._return = data[:-1], b"\r"
+        return _LONE_RETURN.sub(b"\n", data)

@@ -204,3 +204,38 @@ async def test_agents_that_compress_their_requests_get_an_answer(
         async with rig.client.post(rig.base + CHAT, data=data, headers=headers) as response:
             assert response.status == 200
             assert (await response.json())["choices"][0]["message"]["content"]
+
+
+def flushed_zstd(data: bytes) -> bytes:
+    """All of ``data`` in a block that is not the last one."""
+    compress = zstandard.ZstdCompressor(write_checksum=True).compressobj()
+    return (
+        compress.compress(data)
+        + compress.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+        + compress.flush(zstandard.COMPRESSOBJ_FLUSH_FINISH)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "compress"), [*CODERS, ("zstd", flushed_zstd), ("zstd", lambda data: flushed_zstd(data) * 2)]
+)
+async def test_a_compressed_body_that_is_cut_off_anywhere_is_refused(
+    name: str, compress: Callable[[bytes], bytes]
+) -> None:
+    body = compress(b"{}" * 20)
+    assert await decoded(name, body)
+    for cut in range(1, len(body)):
+        try:
+            whole = await decoded(name, body[:cut])
+        except BadRequest:
+            continue
+        assert len(whole) in (7, 40), cut  # cut between two members
+    for cut in range(1, 5):
+        with pytest.raises(BadRequest, match="is not valid"):
+            await decoded(name, body[:-cut])
+
+
+async def test_a_body_of_many_empty_blocks_is_refused_without_counting_them_all() -> None:
+    head = zstandard.ZstdCompressor(write_content_size=False).compress(b"")[:-3]
+    with pytest.raises(BadRequest, match="over 20000 blocks"):
+        await decoded("zstd", head + bytes(3) * 1_000_000 + b"\1\0\0")

@@ -42,3 +42,25 @@ def test_an_event_without_an_end_is_bounded() -> None:
         assert buffer.feed(piece) == b""
     with pytest.raises(EventTooLarge, match="over 16777216 bytes"):
         buffer.feed(piece)
+
+
+RETURNS = (
+    b"data: a\r\rdata: b\r\n\ndata: c\n\r\ndata: d\r\n\rdata: e\r\r\ndata: f\n\rid: 1\rdata: g\r\rdata: h\r\r"
+)
+
+
+@pytest.mark.parametrize("size", range(1, len(RETURNS) + 1))
+def test_events_may_end_with_any_mix_of_returns_and_line_feeds(size: int) -> None:
+    buffer = EventBuffer()
+    blocks = [buffer.feed(RETURNS[at : at + size]) for at in range(0, len(RETURNS), size)]
+    assert buffer.rest() == b""
+    found = [event.strip() for block in blocks for event in block.replace(b"\r\n", b"\n").split(b"\n\n")]
+    names = [b"data: a", b"data: b", b"data: c", b"data: d", b"data: e", b"data: f"]
+    assert [event for event in found if event] == [*names, b"id: 1\ndata: g", b"data: h"]
+
+
+def test_an_event_that_ends_with_returns_does_not_wait_for_the_next() -> None:
+    buffer = EventBuffer()
+    assert buffer.feed(b"data: a\r\r") == b"data: a\n\n"
+    assert buffer.feed(b"data: b\r") == b""
+    assert buffer.feed(b"\r") == b"data: b\n\n"
