@@ -16,7 +16,12 @@ from controlplane.config.reports import ReportsConfig
 from controlplane.controller.controller import Controller
 from controlplane.controller.recorder import Recorder
 from controlplane.controller.store_reads import STEPS
-from controlplane.controller.stored_figures import add_stored, series_of
+from controlplane.controller.stored_figures import (
+    add_stored,
+    add_stored_buckets,
+    bucket_values,
+    series_of,
+)
 from controlplane.core.reports.report import (
     GAUGES,
     MAX_WINDOW_MINUTES,
@@ -108,6 +113,8 @@ class Reports:
         values: dict[str, float] = {}
         for instance, sample in samples.items():
             values |= {series_of(instance, name): value for name, value in stored_figures(sample)}
+            if instance.kind is InstanceKind.TIER:
+                values |= bucket_values(instance.tier, sample)
         self._recorder.add_points(unix_s, values)
 
     def _make(
@@ -131,6 +138,7 @@ class Reports:
         if from_s < memory_s:
             until = min(memory_s, until_s)
             add_stored(self._recorder.store.summary, totals, tracks, from_s, until, step_s, int(window_s) + 1)
+        add_stored_buckets(self._recorder.store.summary, totals, from_s, until_s, int(window_s) + 1)
         return plane_report(
             totals,
             tracks,
@@ -166,6 +174,8 @@ def log_figures(tier: InstanceReport) -> dict[str, float]:
         "requests": round(tier.requests),
         "requests_per_s": tier.requests_per_s,
         "latency_mean_ms": tier.latency_mean_ms,
+        "latency_p50_ms": tier.latency_p50_ms,
+        "latency_p99_ms": tier.latency_p99_ms,
         "latency_max_ms": tier.latency_max_ms,
         "slo_attainment": tier.attainment,
         "slo_target": tier.slo_target,

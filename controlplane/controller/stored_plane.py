@@ -14,7 +14,7 @@ from typing import Final
 
 from controlplane.controller import store_reads, stored_requests
 from controlplane.controller.api import Method, P, R
-from controlplane.controller.stored_figures import PREFIX, add_stored
+from controlplane.controller.stored_figures import PREFIX, add_stored, add_stored_buckets
 from controlplane.core.domain.event import Event
 from controlplane.core.reports.recorded_traffic import Point
 from controlplane.core.reports.report import (
@@ -110,6 +110,7 @@ class StoredPlane:
         tracks: dict[str, dict[int, Totals]] = {}
         summary = partial(store_reads.summary, self._database)
         add_stored(summary, totals, tracks, until_s - window_s, until_s, step_s, window_s + 1)
+        add_stored_buckets(summary, totals, until_s - window_s, until_s, window_s + 1)
         return plane_report(
             totals,
             tracks,

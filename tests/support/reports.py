@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import fields
+from typing import Any
 
 from controlplane.core.reports.report import (
+    GAUGES,
+    SUMS,
     Instance,
     InstanceKind,
     PlaneReport,
@@ -22,15 +24,22 @@ def added_up(samples: Iterable[ReportSample]) -> Totals:
     """The samples' totals, added one by one."""
     found = Totals()
     for sample in samples:
-        for field in fields(ReportSample):
-            value = getattr(sample, field.name)
+        for name in (*SUMS, *GAUGES):
+            value = getattr(sample, name)
             if value is not None:
-                found.add(field.name, 1.0, value, value)
+                found.add(name, 1.0, value, value)
     return found
 
 
 def totals(**more: float) -> Totals:
-    sample = {"counted_s": 60.0, "watched_s": 60.0, "up_s": 45.0, "requests": 10, "answered": 8, "errors": 2}
+    sample: dict[str, Any] = {
+        "counted_s": 60.0,
+        "watched_s": 60.0,
+        "up_s": 45.0,
+        "requests": 10,
+        "answered": 8,
+        "errors": 2,
+    }
     more = {"latency_s": 4.0, "latency_max_s": 1.5, "judged": 10, "missed": 1, "gpu_s": 3600.0, **more}
     return added_up([ReportSample(**{**sample, **more})])
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Final
 
+from controlplane.core.traffic.counters import LATENCY_BOUNDS_S, quantile_s
+
 MAX_WINDOW_MINUTES: Final = 30 * 24 * 60.0
 """The store has no older samples."""
 MIN_WINDOW_MINUTES: Final = 1.0
@@ -83,9 +85,16 @@ class ReportSample:
     gpu_ratio: float | None = None
     """Mean utilisation of its GPUs; a shared GPU counts in full."""
     latency_max_s: float | None = None
+    latency_counts: tuple[int, ...] = ()
+    """The times in ``latency_s`` as a histogram over :data:`.counters.LATENCY_BOUNDS_S`; tiers only."""
+    ttft_counts: tuple[int, ...] = ()
+    """The times to the first byte of streamed responses, as a histogram; tiers only."""
 
 
-_NAMES: Final = tuple(item.name for item in fields(ReportSample))
+HISTOGRAMS: Final = ("latency_counts", "ttft_counts")
+"""Fields of a sample that are histograms. They are only in the store, because they would make the buffer in
+memory three times as large."""
+_NAMES: Final = tuple(item.name for item in fields(ReportSample) if item.name not in HISTOGRAMS)
 GAUGES: Final = ("queue", "in_flight", "gpu_ratio", "latency_max_s")
 SUMS: Final = tuple(name for name in _NAMES if name not in GAUGES)
 _REPORTED_SUMS: Final = (
@@ -101,6 +110,8 @@ class Totals:
     sums: dict[str, float] = field(default_factory=dict)
     gauges: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     """Name → (number of values, sum, maximum)."""
+    counts: dict[str, list[int]] = field(default_factory=dict)
+    """One of :data:`HISTOGRAMS` → its counts."""
 
     def add(self, name: str, count: float, total: float, high: float) -> None:
         """Add values of one figure, given their number, sum and maximum. ValueError if samples have no such
@@ -112,6 +123,17 @@ class Totals:
             self.sums[name] = self.sums.get(name, 0.0) + total
         else:
             raise ValueError(f"a sample has no '{name}'")
+
+    def add_count(self, name: str, bucket: int, count: float) -> None:
+        """Add to a bucket of one of :data:`HISTOGRAMS`. ValueError if there is no such bucket."""
+        if name not in HISTOGRAMS or not 0 <= bucket < len(LATENCY_BOUNDS_S):
+            raise ValueError(f"no sample has a bucket {bucket} of '{name}'")
+        self.counts.setdefault(name, [0] * len(LATENCY_BOUNDS_S))[bucket] += round(count)
+
+    def quantile_ms(self, name: str, quantile: float) -> float | None:
+        """A quantile of one of :data:`HISTOGRAMS` in milliseconds, in the right bucket; None without
+        values."""
+        return _ms(quantile_s(self.counts.get(name, ()), quantile))
 
     def sum(self, name: str) -> float:
         """The sum of one of :data:`SUMS`."""
@@ -169,6 +191,15 @@ class InstanceReport:
     gpu_ratio: float | None
     gpu_hours: float
     cost: float
+    latency_p50_ms: float | None = None
+    """Tiers only, as all percentiles; their error is below the width of a bucket of
+    :data:`.counters.LATENCY_BOUNDS_S`."""
+    latency_p95_ms: float | None = None
+    latency_p99_ms: float | None = None
+    ttft_p50_ms: float | None = None
+    """Time to the first byte of streamed responses."""
+    ttft_p95_ms: float | None = None
+    ttft_p99_ms: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +285,12 @@ def instance_report(
         gpu_ratio=totals.mean("gpu_ratio"),
         gpu_hours=gpu_hours,
         cost=gpu_hours * cost_per_gpu_hour,
+        latency_p50_ms=totals.quantile_ms("latency_counts", 0.5),
+        latency_p95_ms=totals.quantile_ms("latency_counts", 0.95),
+        latency_p99_ms=totals.quantile_ms("latency_counts", 0.99),
+        ttft_p50_ms=totals.quantile_ms("ttft_counts", 0.5),
+        ttft_p95_ms=totals.quantile_ms("ttft_counts", 0.95),
+        ttft_p99_ms=totals.quantile_ms("ttft_counts", 0.99),
     )
 
 

@@ -187,6 +187,8 @@ def _with_counts(sample: ReportSample, over_s: float, count: TrafficCounters) ->
         errors=count.failed,
         spilled=count.served_elsewhere,
         **{name: getattr(count, name) for name in COUNTS if name in SUMS},
+        latency_counts=count.latency_counts,
+        ttft_counts=count.ttft_counts,
         latency_max_s=max(count.latency_max_s, count.latency_s / count.ok) if count.ok else None,
     )
 

@@ -109,7 +109,13 @@ def row(item: InstanceReport) -> tuple[str, ...]:
         f"{item.requests:.0f}",
         _shown(item.requests_per_s, "{:.2f}"),
         _shown(item.latency_mean_ms, "{:.0f}"),
+        _shown(item.latency_p50_ms, "{:.0f}"),
+        _shown(item.latency_p95_ms, "{:.0f}"),
+        _shown(item.latency_p99_ms, "{:.0f}"),
         _shown(item.latency_max_ms, "{:.0f}"),
+        _shown(item.ttft_p50_ms, "{:.0f}"),
+        _shown(item.ttft_p95_ms, "{:.0f}"),
+        _shown(item.ttft_p99_ms, "{:.0f}"),
         _shown(item.attainment, "{:.2%}"),
         _target(item),
         _shown(item.availability, "{:.2%}"),
@@ -126,7 +132,8 @@ def row(item: InstanceReport) -> tuple[str, ...]:
 
 
 HEADS: Final = (
-    *("tier", "endpoint", "requests", "per s", "mean ms", "max ms", "in SLO", "SLO target", "available"),
+    *("tier", "endpoint", "requests", "per s", "mean ms", "p50 ms", "p95 ms", "p99 ms", "max ms"),
+    *("first p50", "first p95", "first p99", "in SLO", "SLO target", "available"),
     *("queue", "max queue", "GPU", "tokens", "errors", "resumed", "spilled", "GPU h", "cost"),
 )
 """Column heads of the cells that :func:`row` returns."""

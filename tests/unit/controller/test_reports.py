@@ -13,9 +13,10 @@ from structlog.testing import capture_logs
 from controlplane.config.reports import ReportsConfig
 from controlplane.controller.recorder import Recorder
 from controlplane.controller.reports import Reports
+from controlplane.controller.stored_figures import add_stored_buckets
 from controlplane.core.cluster.snapshot import GatewayInfo
-from controlplane.core.reports.report import PlaneReport
-from controlplane.core.traffic.counters import TrafficCounters
+from controlplane.core.reports.report import Instance, InstanceKind, PlaneReport, Totals
+from controlplane.core.traffic.counters import LATENCY_BOUNDS_S, TrafficCounters
 from tests.support.controller import HEARTBEAT_S, World
 from tests.support.waiting import until
 
@@ -89,6 +90,34 @@ def comparable(found: PlaneReport) -> dict[str, Any]:
 
     result: dict[str, Any] = rounded(asdict(found))
     return result
+
+
+async def test_percentiles_are_in_the_right_bucket_also_after_a_restart(
+    plane: Plane,
+) -> None:
+    counts, first = ([0] * len(LATENCY_BOUNDS_S) for _ in range(2))
+    counts[LATENCY_BOUNDS_S.index(0.5)] = 90
+    counts[LATENCY_BOUNDS_S.index(7.5)] = 10
+    first[LATENCY_BOUNDS_S.index(0.1)] = 100
+    plane.step(60)
+    plane.served = replace(plane.served, latency_counts=tuple(counts), ttft_counts=tuple(first))
+    plane.step(requests=100)
+    plane.step(20)
+    plane.written()
+    for again in (False, True):
+        if again:
+            plane.recorder.close()
+            plane.start("e2")
+        [tier] = (await plane.reports.report(60)).tiers
+        assert 250 <= (tier.latency_p50_ms or 0) <= 500
+        assert 5000 <= (tier.latency_p95_ms or 0) <= (tier.latency_p99_ms or 0) <= 7500
+        assert 50 <= (tier.ttft_p50_ms or 0) <= (tier.ttft_p99_ms or 0) <= 100
+    names = [name for name, *_ in plane.recorder.store.summary("histogram/", 0, 2**40, 2**40)]
+    assert len(names) == 3, "only buckets with requests are stored"
+    store = plane.recorder.store
+    totals = {Instance(InstanceKind.TIER, "small", "small"): Totals()}
+    add_stored_buckets(store.summary, totals, 0, 2**40, 2**40)
+    assert totals.popitem()[1].quantile_ms("latency_counts", 0.5) == tier.latency_p50_ms
 
 
 async def test_what_was_served_is_reported_per_tier_and_endpoint(plane: Plane) -> None:

@@ -28,15 +28,43 @@ LIGHT = Instance(InstanceKind.TIER, "light", "light")
 ONE = Instance(InstanceKind.ENDPOINT, "light", "light-1")
 SAMPLES = (
     ReportSample(
-        **{"watched_s": 60, "up_s": 60, "counted_s": 60, "requests": 100, "answered": 98, "errors": 1},
-        **{"shed": 1, "retried": 4, "resumed": 2, "spilled": 3, "judged": 100, "missed": 10},
-        **{"prompt_tokens": 700, "generated_tokens": 5000, "latency_s": 19.6, "gpu_s": 120.0},
-        **{"queue": 4.0, "in_flight": 1.0, "gpu_ratio": 0.5, "latency_max_s": 0.9},
+        watched_s=60,
+        up_s=60,
+        counted_s=60,
+        requests=100,
+        answered=98,
+        errors=1,
+        shed=1,
+        retried=4,
+        resumed=2,
+        spilled=3,
+        judged=100,
+        missed=10,
+        prompt_tokens=700,
+        generated_tokens=5000,
+        latency_s=19.6,
+        gpu_s=120.0,
+        queue=4.0,
+        in_flight=1.0,
+        gpu_ratio=0.5,
+        latency_max_s=0.9,
     ),
     ReportSample(
-        **{"watched_s": 60, "up_s": 30, "counted_s": 60, "requests": 300, "answered": 294, "errors": 3},
-        **{"judged": 100, "missed": 0, "generated_tokens": 9000, "latency_s": 117.6, "gpu_s": 120.0},
-        **{"queue": 8.0, "in_flight": 3.0, "gpu_ratio": 0.9, "latency_max_s": 2.5},
+        watched_s=60,
+        up_s=30,
+        counted_s=60,
+        requests=300,
+        answered=294,
+        errors=3,
+        judged=100,
+        missed=0,
+        generated_tokens=9000,
+        latency_s=117.6,
+        gpu_s=120.0,
+        queue=8.0,
+        in_flight=3.0,
+        gpu_ratio=0.9,
+        latency_max_s=2.5,
     ),
     ReportSample(watched_s=60, gpu_s=120.0),
 )
@@ -67,6 +95,7 @@ def test_what_was_not_measured_is_not_zero() -> None:
     unknown = {
         "requests_per_s", "latency_mean_ms", "latency_max_ms", "queue_mean", "queue_max", "in_flight_mean",
         "error_ratio", "attainment", "slo_target", "slo_missed", "gpu_ratio",
+        "latency_p50_ms", "latency_p95_ms", "latency_p99_ms", "ttft_p50_ms", "ttft_p95_ms", "ttft_p99_ms",
     }  # fmt: skip
     assert {name for name in InstanceReport.__slots__ if getattr(unmeasured, name) is None} == unknown
     assert instance_report(LIGHT, Totals()).availability is None

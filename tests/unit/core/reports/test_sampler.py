@@ -14,7 +14,7 @@ from controlplane.core.reports.report import Instance, InstanceKind, ReportSampl
 from controlplane.core.reports.sampler import ReportSampler, SampledCluster
 from controlplane.core.telemetry.engine import EngineTelemetry
 from controlplane.core.telemetry.samples import Absence, EngineSample, Missing
-from controlplane.core.traffic.counters import KEEP_GONE_S, TrafficCounters
+from controlplane.core.traffic.counters import KEEP_GONE_S, LATENCY_BOUNDS_S, TrafficCounters
 from controlplane.core.traffic.demand import TierDemandTracker
 from tests.support.endpoints import make_endpoint
 from tests.support.samples import GIB, gpu_sample, node_sample
@@ -96,7 +96,15 @@ def test_what_was_counted_between_two_samples_is_in_one_sample() -> None:
         generated_tokens=40,
         latency_s=8.0,
     )
-    plane.gateways["g"] = replace(plane.gateways["g"], waiting=5, in_flight=3, latency_max_s=4.0)
+    counts = tuple(range(len(LATENCY_BOUNDS_S)))
+    plane.gateways["g"] = replace(
+        plane.gateways["g"],
+        waiting=5,
+        in_flight=3,
+        latency_max_s=4.0,
+        latency_counts=counts,
+        ttft_counts=counts[::-1],
+    )
     plane.step(10)
     found = plane.sample()
     assert found[TIER] == ReportSample(
@@ -104,6 +112,8 @@ def test_what_was_counted_between_two_samples_is_in_one_sample() -> None:
         **{"shed": 1, "retried": 3, "resumed": 1, "spilled": 1, "judged": 8, "missed": 2, "arrived": 9},
         **{"prompt_tokens": 70, "generated_tokens": 40, "latency_s": 8.0, "queue": 5, "in_flight": 3},
         latency_max_s=4.0,
+        latency_counts=counts,
+        ttft_counts=counts[::-1],
     )
     assert found[instance("small-1")].requests == 7
     plane.step(10)
