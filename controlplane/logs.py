@@ -21,7 +21,7 @@ import structlog
 LOG_FILE_BYTES = 10 * 1024 * 1024
 ROTATED_LOG_FILES = 2
 KEPT_LOG_FILES = 100
-"""How many log files of processes that have ended are kept in a folder, with their older parts."""
+"""How many log files of processes that have ended stay in a folder, with their older parts."""
 
 _PACKAGES = ("controlplane", "deployments")
 _HIDDEN_KEYS = frozenset({"secret", "api_key", "authorization", "token"})

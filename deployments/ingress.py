@@ -1,7 +1,7 @@
-"""What uvicorn, which runs behind Serve's ingress in each gateway replica, leaves to be desired.
+"""Makes uvicorn, which runs behind Serve's ingress in each gateway replica, ignore trailers.
 
 uvicorn appends the trailers of a chunked body to the request's headers, where they win over them. An
-application can't tell them apart, so this is mended where they are parsed.
+application can't distinguish them, so they are dropped where they are parsed.
 """
 
 from __future__ import annotations

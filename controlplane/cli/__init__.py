@@ -170,7 +170,7 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; one of tierplane's own errors, or a disk that takes no more, ends it with a
+        """Run the command; one of tierplane's own errors, or a full or read-only disk, ends it with a
         message instead of a traceback."""
         try:
             return super().invoke(ctx)

@@ -18,9 +18,9 @@ _GAP: Final = 2
 class FittingTable:
     """Rows in columns that are as wide as their contents.
 
-    Where they don't fit, columns leave the table: those in ``leave`` first, in this order, then the others
-    from right to left; the first column stays. What has left follows its row on indented lines, each value
-    with its column's name.
+    If they don't fit, columns are removed from the table: those in ``leave`` first, in this order, then the
+    others from right to left; the first column stays. Each row is then followed by the values of the removed
+    columns, on indented lines with the columns' names.
     """
 
     def __init__(

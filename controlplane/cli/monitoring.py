@@ -23,8 +23,8 @@ def command() -> None:
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option(
     "--target", "targets", multiple=True, metavar="HOST:PORT",
-    help="A gateway; by default that of the running plane, or 127.0.0.1:8080. Repeatable, but each gateway "
-    "reports for all of them.",
+    help="A gateway; by default that of the running plane, or 127.0.0.1:8080. May be repeated, but one is "
+    "enough: each gateway reports for all of them.",
 )  # fmt: skip
 @click.option("--webhook", default="", metavar="URL", help="Where Alertmanager sends alerts.")
 @click.option(

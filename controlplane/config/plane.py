@@ -456,7 +456,7 @@ class GatewayConfig(Strict):
     default."""
     stream_comments_s: Annotated[float, Field(ge=0.1)] | None = None
     """While a stream waits in the queue or for its first token, send a comment this often, so that no load
-    balancer cuts the silent connection; off by default. A request's header ``x-stream-comments`` overrides
+    balancer closes the silent connection; off by default. A request's header ``x-stream-comments`` overrides
     it. The status is then sent with the first comment, so a later failure can only be an error event."""
     traces_endpoint: CollectorUrl | None = None
     """Where OpenTelemetry traces are sent, an OTLP/HTTP address such as ``http://127.0.0.1:4318/v1/traces``;

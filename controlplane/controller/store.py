@@ -41,7 +41,7 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 CLOCK_STEP_S: Final = DAY_S
-"""A wall clock that is further than this from where it should be by the last compaction is in doubt."""
+"""A wall clock that differs by more than this from the time since the last compaction is in doubt."""
 CLOCK_DOUBT_S: Final = DAY_S
 """A wall clock in doubt is believed after this long. Until then history ages by the clock from before."""
 MAX_VALUE_BYTES: Final = 16 * 1024 * 1024

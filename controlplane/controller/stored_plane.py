@@ -1,4 +1,4 @@
-"""What the store's file tells while no plane runs: the audit log, reports, recorded traffic and
+"""Queries that the store's file answers while no plane runs: the audit log, reports, recorded traffic and
 the log of requests."""
 
 from __future__ import annotations

@@ -287,7 +287,7 @@ class Gateway:
             _internal_error(request, out, self._request_id(request))
 
     def _other_route(self, path: str) -> GatewayRoute:
-        """The route of a path that is not one of a fixed text. Raises :class:`UnknownRoute`."""
+        """The route of a path with a variable part. Raises :class:`UnknownRoute`."""
         if path.startswith(_MODELS):
             return self._route_of[ONE_MODEL]
         begin = "/v1/" if path.startswith("/v1/") else "/"

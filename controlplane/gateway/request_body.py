@@ -161,7 +161,7 @@ def without_mark(body: bytes) -> bytes:
 
 def checked_name(name: str, source: str) -> str:
     """``name``, which was in the header or member ``source``. Raises :class:`BadRequest` if it is longer than
-    :data:`MAX_NAME_CHARS`: names are repeated in responses, kept in tables and shown."""
+    :data:`MAX_NAME_CHARS`: names are repeated in responses, stored in tables and shown."""
     if len(name) > MAX_NAME_CHARS:
         text = f"{source} may have at most {MAX_NAME_CHARS} characters, this one has {len(name)}"
         raise BadRequest(text, param=source)

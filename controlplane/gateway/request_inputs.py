@@ -20,7 +20,7 @@ _MARKS: Final = (
     (b'"tools"', INPUT_BITS[Input.TOOLS], re.compile(rb'"tools"\s*:\s*\[\s*\{')),
 )
 MAX_PARTS: Final = 200_000
-"""A long body that may have more types and tools than this is left to the engine: looking at each would
+"""A long body that may have more types and tools than this is left to the engine: examining each would
 block other requests for half a second."""
 MAX_NAMED_BYTES: Final = 1024 * 1024
 """In a longer body, the part that is not accepted is not named by its position."""
@@ -29,7 +29,7 @@ _decode: Final = msgspec.json.Decoder().decode
 
 
 def inputs_of(body: bytes) -> int:
-    """What a body contains, as bits of :data:`INPUT_BITS`; 0 if it has more parts than can be looked at."""
+    """What a body contains, as bits of :data:`INPUT_BITS`; 0 if it has more parts than are searched."""
     if len(body) > MAX_NAMED_BYTES and body.count(b'"t') > MAX_PARTS:
         return 0
     found = 0
@@ -41,7 +41,7 @@ def inputs_of(body: bytes) -> int:
 
 def first_part(body: bytes, lacking: int) -> str | None:
     """The member of the body that the engines can't take, such as ``messages[0].content[1]``; ``lacking`` are
-    bits of :data:`INPUT_BITS`. None if it can't be told."""
+    bits of :data:`INPUT_BITS`. None if its position is not known."""
     if lacking == INPUT_BITS[Input.TOOLS]:
         return "tools"
     if len(body) > MAX_NAMED_BYTES:

@@ -1,8 +1,8 @@
 """The tokens of a request as its engine reports them.
 
-They are read with care: an engine's numbers are added to counters that only grow, and a wrong one can't be
-taken back. Streams of chat and completions have usage only if it is asked for. So the gateway asks, and takes
-the extra event out again for a client that did not.
+Numbers that can't be right are ignored, because counters only grow: a wrong number could not be subtracted
+later. Streams of chat and completions have usage only if the request asks for it, so the gateway asks, and
+removes the extra event if the client did not ask.
 """
 
 from __future__ import annotations
@@ -200,20 +200,20 @@ def ask_usage(stream_options: msgspec.Raw) -> dict[str, Any]:
 
 def spliced(body: bytes) -> bytes:
     """``body``, a JSON object with some members but no ``stream_options``, with those that ask for usage.
-    Much faster than to encode it again."""
+    Much faster than encoding the body again."""
     return body.rstrip()[:-1] + _ASKED
 
 
 def without_usage_events(events: bytes) -> bytes:
     """Whole events without those that only carry usage."""
-    kept = []
-    kept_to = 0
+    remaining = []
+    copied_to = 0
     for found in _NO_CHOICES.finditer(events):
         begin, end = _bounds(events, found.start())
-        if begin >= kept_to and _only_usage(events[begin:end]):
-            kept.append(events[kept_to:begin])
-            kept_to = end
-    return b"".join((*kept, events[kept_to:])) if kept_to else events
+        if begin >= copied_to and _only_usage(events[begin:end]):
+            remaining.append(events[copied_to:begin])
+            copied_to = end
+    return b"".join((*remaining, events[copied_to:])) if copied_to else events
 
 
 def _bounds(events: bytes, offset: int) -> tuple[int, int]:

@@ -1,14 +1,14 @@
 """Which host names and web pages may use a server that checks no key.
 
-A browser lets any page send requests to any address, also to this machine's loopback. Two checks keep pages
-out that have no business here:
+A browser lets any page send requests to any address, also to this machine's loopback. Two checks keep
+other sites' pages out:
 
 * **Host.** A page whose own name is made to point at the loopback address (DNS rebinding) sends that name. A
   server that listens on loopback therefore accepts only names that nobody can own in the public DNS.
-* **Origin.** A page on another site may send simple requests without asking first. Requests that are more
-  than a read are refused if the browser says that they come from elsewhere.
+* **Origin.** A page on another site may send simple requests without a preflight. Requests other than
+  reads are refused if the browser says that they come from another site.
 
-Clients that are no browsers send neither ``Origin`` nor ``Sec-Fetch-Site``.
+Clients other than browsers send neither ``Origin`` nor ``Sec-Fetch-Site``.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class AccessRules:
         return None
 
     def response_headers(self, headers: Mapping[bytes, bytes]) -> Headers:
-        """What lets a page that is allowed to read the response to its request."""
+        """The CORS headers that let an allowed page read the response to its request."""
         origin = headers.get(b"origin", b"")
         if not origin or not self._allows(origin):
             return []

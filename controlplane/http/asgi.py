@@ -1,6 +1,6 @@
 """Handlers as an ASGI application, for Serve's ingress.
 
-HAProxy and uvicorn are in front of it: they parse, and bound what a client may take of a connection. The
+HAProxy and uvicorn are in front of it: they parse, and limit a connection's headers and time. The
 checks of a request are the same as on the gateway's own port.
 """
 

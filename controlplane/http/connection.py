@@ -117,11 +117,11 @@ class ClientConnection(asyncio.Protocol):
         self._release()
         self.resume_writing()
         if self._task is not None:
-            # Only after its first step: a coroutine that never begins is reported as never awaited.
+            # Not before its first step: asyncio reports a coroutine that never begins as never awaited.
             self._loop.call_soon(self._task.cancel)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes have come."""
+        """Bytes have arrived."""
         self.last_byte_s = monotonic()
         if self._reading_paused:
             self._unparsed += data
@@ -129,9 +129,9 @@ class ClientConnection(asyncio.Protocol):
             self._parse(data)
 
     def eof_received(self) -> bool:
-        """The client sends no more. If it did so at once after its request, it may still read the response;
-        or it is gone, which only its answer to something that is sent to it shows. Once a response has begun,
-        it is taken for gone."""
+        """The client has closed its sending direction. Directly after a request it may still read the
+        response; whether it does shows only when something is sent. Once a response has begun, it counts as
+        gone."""
         response = self._response
         if (
             not self.busy
@@ -148,12 +148,12 @@ class ClientConnection(asyncio.Protocol):
         return True
 
     def pause_writing(self) -> None:
-        """Much is waiting to be sent."""
+        """The transport holds as many unsent bytes as it should."""
         if self._can_write is None:
             self._can_write = self._loop.create_future()
 
     def resume_writing(self) -> None:
-        """The client has read most of it."""
+        """The transport holds few unsent bytes again."""
         waiter, self._can_write = self._can_write, None
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
@@ -462,7 +462,7 @@ class ClientConnection(asyncio.Protocol):
             self.abort()
 
     def make_room(self, limit: int) -> None:
-        """Ends the connection because there are ``limit`` of them and a new one is more urgent."""
+        """Ends the connection because there are ``limit`` of them and a new one needs the room."""
         if self.in_request and self._rejection is None:
             self.refuse_for_want_of_room(limit)
         self.close()

@@ -1,4 +1,4 @@
-"""What both ways in (the own port and Serve's ingress) do with a request before its handler runs."""
+"""What the gateway's own port and Serve's ingress both do with a request before its handler runs."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Intake(Generic[AnyResponder]):
         return error
 
     def response_headers(self, headers: Mapping[bytes, bytes]) -> Headers:
-        """What every response to a request with these headers has in addition."""
+        """The headers to add to every response to a request with these headers."""
         if self._access is None or b"origin" not in headers:
             return []
         return self._access.response_headers(headers)

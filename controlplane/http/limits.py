@@ -1,4 +1,4 @@
-"""The bounds of a server: what one client may take, in bytes, count and time, and what all of them may.
+"""The bounds of a server, in bytes, count and time: for one client, and for all clients together.
 
 ``docs/reference/bounds.md`` lists them with what a client sees beyond each.
 """
@@ -30,7 +30,7 @@ _MOST_CONNECTIONS: Final = 65_536
 
 @dataclass(frozen=True, slots=True)
 class ServerLimits:
-    """What a client may take of a server."""
+    """What one client may use of a server."""
 
     head_bytes: int = MAX_HEAD_BYTES
     """Bytes of a request's line and headers, and of what follows a chunked body (trailers)."""

@@ -28,7 +28,7 @@ __all__ = ["HttpResponder", "HttpServer"]
 
 BACKLOG: Final = 2048
 _CLOSED_AT_ONCE: Final = 32
-"""At the limit of connections, one in so many is closed at once: to find the oldest takes a look at all."""
+"""At the limit, this part (1 in 32) of the connections is closed at once: finding the oldest compares all."""
 
 
 class HttpServer:

@@ -65,8 +65,8 @@ class EventTooLarge(Exception):
 
 
 class EventBuffer:
-    """Cuts a stream into whole events, in time that is linear in its length. Holds at most
-    :data:`MAX_EVENT_BYTES` of the event that is not whole yet. A line's end ``\\r`` becomes ``\\n``."""
+    """Splits a stream into whole events, in time that is linear in its length. Holds at most
+    :data:`MAX_EVENT_BYTES` of the event that is not whole yet. Lines that end with ``\\r`` get ``\\n``."""
 
     __slots__ = ("_held", "_return")
 
@@ -88,7 +88,7 @@ class EventBuffer:
                 held += data[end:]
                 return data[:end]
         else:
-            if not end:  # it may lie across the seam
+            if not end:  # the blank line may span two pieces
                 seam = bytes(held[-2:])
                 end = max(events_end(seam + data[:2]) - len(seam), 0)
             if end:

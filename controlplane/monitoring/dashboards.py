@@ -229,7 +229,7 @@ GPUS: Final = Dashboard(
                 "{{node}} load": q.highest("tierplane_node_load_1m", ["node"]),
                 "{{node}} age in s": q.highest("tierplane_node_report_age_seconds", ["node"]),
             },
-            about="Processes that run or wait for a CPU, over a minute.",
+            about="Processes that run or wait for a CPU, averaged over a minute.",
         ),
     ),
 )

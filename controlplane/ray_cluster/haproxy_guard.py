@@ -206,7 +206,7 @@ class Watcher:
             if lost >= PINGS_LOST:
                 _log(f"HAProxy (process {self._proxy.pid}) hangs and is killed")
                 self._proxy.signal(signal.SIGKILL)
-        # A successor answers on the socket before it tells its predecessor to end.
+        # A successor answers on the socket before it signals its predecessor to end.
         return not self._raylet.ended and not self._is_replaced() and not ping(socket_of(self._config))
 
     def _stand_in(self) -> None:
@@ -229,7 +229,7 @@ class Watcher:
             time.sleep(0.1 * number)
 
     def _until_ended(self, serving: Watched, period_s: float) -> Iterator[None]:
-        """Yield every ``period_s`` until ``serving`` has ended. It is ended with the raylet, and told to
+        """Yield every ``period_s`` until ``serving`` has ended. It is ended with the raylet, and asked to
         finish its requests once it has a successor, or its manager has been gone for ``ORPHAN_S``."""
         orphan_since_s = 0.0
         finishing = False

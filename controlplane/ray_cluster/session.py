@@ -311,7 +311,7 @@ def stop(record: RunRecord, *, grace_s: float = 3.0) -> int:
 
 
 def _own_folder(record: RunRecord) -> Path | None:
-    """The folder that :func:`prepare` created for this record, and nobody else; None if there is none."""
+    """The folder that :func:`prepare` created for this record, not by others; None if there is none."""
     if not record.temp_dir:
         return None
     folder = Path(record.temp_dir)

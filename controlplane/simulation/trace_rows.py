@@ -64,13 +64,13 @@ _UNIT_WORDS: Final[dict[TimeUnit, str]] = {
 _FIRST_UNIX_S: Final = 1e8
 """1973-03-03: no trace lasts three years, so a first time beyond this is Unix time."""
 _LAST_UNIX_S: Final = 1e11
-"""The year 5138: a first time beyond this many «seconds» is Unix time in a finer unit."""
+"""The year 5138: a first time beyond this many seconds is Unix time in a finer unit."""
 _EXAMINED: Final = 1000
 """Rows from which the unit of the times is recognised."""
 _SKIPPED_RATIO: Final = 0.05
 """With more unreadable rows than this, the file is refused."""
 _DISORDER_S: Final = 60.0
-"""A row that comes up to this much too late in the file counts at the time of the row before it."""
+"""A row whose time is before that of the previous row, by up to this much, gets the previous row's time."""
 _DATE: Final = re.compile(r"(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d(?::\d\d)?)(\.\d+)?\s*(Z|[+-]\d\d(?::?\d\d)?)?")
 _MOST_REASONS: Final = 20
 _MOST_TOKENS: Final = 100_000_000
@@ -115,7 +115,7 @@ class TraceReport:
         found[0] += 1
 
     def lines(self) -> list[str]:
-        """Sentences for people: how the trace was read, then what was left out."""
+        """Sentences for the user: how the trace was read, then what was left out."""
         found = [f"the trace was read as {self.read_as}"]
         found += [
             (

@@ -31,7 +31,7 @@ from controlplane.simulation.trace_rows import (
 )
 
 SAMPLE_TRACE: Final = Path(str(files("controlplane") / "data" / "sample_trace.csv"))
-"""A made-up hour of agents' requests: 60 sessions of some turns each, in which the prompt grows."""
+"""A synthetic hour of agents' requests: 60 sessions of some turns each, in which the prompt grows."""
 _LENGTH_SIGMA: Final = 0.8
 """Standard deviation of the logarithm of prompt lengths within a window; response lengths are exponential.
 Both are assumptions, because the windows contain only medians."""

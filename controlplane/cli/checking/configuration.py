@@ -82,7 +82,7 @@ def name_warnings(plane: PlaneConfig) -> list[Problem]:
     found = [
         Problem(
             f"tiers[{ranks[0]}]",
-            f"requests for '{name}' are refused, because different models are called so: "
+            f"requests for '{name}' are refused, because different models have this name: "
             f"{ambiguity(name, table)}",
             remedy,
         )

@@ -161,7 +161,7 @@ class LiveProgress:
 
 
 def mute() -> None:
-    """Send all further output of this process to nowhere, once nobody can read it: a plane must be stopped in
+    """Discard all further output of this process once it can't be written: a plane must be stopped in
     order even if the terminal was closed or the disk is full."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for number in (1, 2):

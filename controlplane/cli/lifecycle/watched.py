@@ -24,8 +24,8 @@ def watched(
 ) -> T:
     """Run ``work`` and call ``watch`` again and again meanwhile.
 
-    An exception from ``watch`` abandons the work, as does ``limit_s``: then SetupError is raised, with the
-    name of ``what`` does not answer.
+    An exception from ``watch`` abandons the work. So does the end of ``limit_s``, with a SetupError that
+    names ``what``.
     """
     found: Future[T] = Future()
 

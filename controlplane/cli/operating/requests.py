@@ -1,4 +1,4 @@
-"""``tierplane requests`` and ``tierplane sessions``: what the log of requests has, without any content."""
+"""``tierplane requests`` and ``tierplane sessions``: the log of requests and its sums by session."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.command()
-@click.option("--slow", is_flag=True, help="Show those that took longest first, not the newest.")
-@click.option("--failed", is_flag=True, help="Show only those that did not end well.")
+@click.option("--slow", is_flag=True, help="Show the slowest first instead of the newest.")
+@click.option("--failed", is_flag=True, help="Show only those that did not succeed.")
 @click.option("--tier", default="", help="Show only those that this tier served or that were meant for it.")
 @click.option("--session", default="", help="Show only those of this session.")
 @_since
@@ -89,7 +89,7 @@ def command(
     type=click.Choice([each.value for each in SessionOrder]),
     default=SessionOrder.COST.value,
     show_default=True,
-    help="What makes a session large.",
+    help="What to order the sessions by.",
 )
 @click.option(
     "-n",

@@ -44,7 +44,7 @@ _SHOWN = 5
     "--trace",
     required=True,
     type=click.Path(dir_okay=False, path_type=Path),
-    help="The file with the arrivals, or `sample` for a made-up hour of agents' requests.",
+    help="The file with the arrivals, or `sample` for a synthetic hour of agents' requests.",
 )
 @click.option(
     "--time-unit", type=click.Choice(["s", "ms", "us", "ns"]),

@@ -202,7 +202,7 @@ RULES: Final = (
         "TierplaneStoreUnreadable", _WARNING, 0,
         "Values of the controller's store can't be read and were put aside; all others are used.",
         for_s=0, fixed=True, figure=STORE_UNREADABLE, kind=SubjectType.PLANE, judge=EvaluatedBy.PROGRAM,
-        action="Repeat what the named keys held: an operator's drain, silence or number. Ends after a day.",
+        action="Set again what the named keys contained, such as a drain or silence. Ends after a day.",
     ),
 )  # fmt: skip
 

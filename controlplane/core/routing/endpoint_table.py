@@ -233,7 +233,8 @@ class RequestSlot:
 
     def end_unjudged(self, now_s: float) -> None:
         """Records that the request failed, and that it is not known yet whether through the endpoint's fault.
-        Who finds out calls the breaker's ``failure`` or ``abandoned`` with :attr:`probe`."""
+        The caller that finds out calls the breaker's ``failure`` or ``abandoned`` with
+        :attr:`probe`."""
         if not self.ended:
             self.load.last_sign_s = now_s
             self._release(None)

@@ -24,7 +24,7 @@ class AttemptFailure(StrEnum):
     BUSY = "busy"
     """The engine answered 429."""
     SERVER_ERROR = "server_error"
-    """The engine answered another 5xx, or something that is no answer."""
+    """The engine answered another 5xx, or something that is no valid response."""
     INVALID = "invalid"
     """The engine wrote an error with a client's status into its stream: any engine would."""
     GATEWAY = "gateway"
@@ -69,7 +69,7 @@ RULES: Final[dict[AttemptFailure, FailureRule]] = {
 }
 
 FINAL: Final = frozenset({AttemptFailure.INVALID, AttemptFailure.GATEWAY})
-"""Failures that another attempt would not mend."""
+"""Failures that another attempt would not fix."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,10 +28,10 @@ _NO_COUNTS: Final = (0,) * len(LATENCY_BOUNDS_S)
 WINDOW_S: Final = 300.0
 """The default length of a window."""
 KEEP_GONE_S: Final = 1500.0
-"""How long the counts of a subject that is gone are kept: gateways report its last requests only afterwards,
+"""How long the counts of a subject that is gone stay: gateways report its last requests only afterwards,
 and samples for reports are up to 600 s apart."""
 MAX_GONE: Final = 1000
-"""Subjects that are gone and whose counts are kept; beyond that, the first that went are dropped."""
+"""Subjects that are gone and whose counts stay; beyond that, the first that went are dropped."""
 MAX_POINTS: Final = 240
 """Approximate number of readings in a window; readings that are closer together are thinned out."""
 
@@ -165,7 +165,7 @@ class TrafficLedger:
 
     def retain_subjects(self, subjects: Iterable[str], now_s: float) -> None:
         """Drop the sums of all subjects except these and those that went less than :data:`KEEP_GONE_S` ago;
-        of the latter at most :data:`MAX_GONE` are kept."""
+        of the latter at most :data:`MAX_GONE` stay."""
         gone = self._sum.keys() - set(subjects)
         self._gone_s = {name: at_s for name, at_s in self._gone_s.items() if name in gone}
         for name in sorted(gone - self._gone_s.keys()):
@@ -176,7 +176,7 @@ class TrafficLedger:
                 del self._gone_s[name], self._sum[name]
 
     def knows(self, subject: str) -> bool:
-        """Whether something was counted for the subject, and is kept."""
+        """Whether something was counted for the subject and not dropped since."""
         return subject in self._sum
 
     def last_report(self, gateway_id: str, subject: str) -> TrafficCounters:

@@ -41,7 +41,7 @@ class TierDemandTracker:
 
     def sample(self, tiers: Collection[str], subjects: Collection[str], now_s: float) -> None:
         """Add a reading of every tier, and drop the data of other tiers and of endpoints not in ``subjects``;
-        their counts are kept for a while (:meth:`TrafficLedger.retain_subjects`)."""
+        their counts stay for a while (:meth:`TrafficLedger.retain_subjects`)."""
         self.ledger.retain_subjects({*tiers, *subjects}, now_s)
         for tier in self._windows.keys() - set(tiers):
             del self._windows[tier]

@@ -16,8 +16,8 @@ from controlplane.engines.simulated.script import (
     Script,
     UnusableSchema,
     conversation_of,
+    output_request,
     script,
-    wish_of,
 )
 from controlplane.engines.simulated.scripted_formats import (
     ScriptedChat,
@@ -136,7 +136,7 @@ def _script(path: str, fields: dict[str, Any]) -> Script | None:
     if path == "/v1/completions":
         return None
     try:
-        return script(wish_of(path, fields), conversation_of(path, fields))
+        return script(output_request(path, fields), conversation_of(path, fields))
     except UnusableSchema as error:
         raise InvalidRequest(str(error)) from None
 

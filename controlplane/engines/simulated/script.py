@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple
 from controlplane.engines.simulated.json_schema import NoExample, Schema, example
 
 MAX_CALLS: Final = 16
-"""Tools that are called at once, at most."""
+"""The most tools that one response calls."""
 _PLAIN_WORDS: Final = frozenset(
     {
         "all",
@@ -38,7 +38,7 @@ _PLAIN_WORDS: Final = frozenset(
         "with",
     }
 )
-"""Words of tools' names that don't name the tool."""
+"""Common words in tools' names, which don't identify a tool."""
 _PIECES: Final = re.compile(r"\s*\S{1,12}|\s+")
 _NAME_WORDS: Final = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|\d+")
 
@@ -62,8 +62,8 @@ class Conversation(NamedTuple):
     results: tuple[str, ...] = ()
 
 
-class Wish(NamedTuple):
-    """What the request wants, in the same terms for all interfaces."""
+class OutputRequest(NamedTuple):
+    """The tools and the form of output that a request asks for, in the same terms for all APIs."""
 
     tools: tuple[Tool, ...] = ()
     choice: str = "auto"
@@ -88,37 +88,37 @@ class Script(NamedTuple):
 
     @property
     def pieces(self) -> tuple[str, ...]:
-        """All of it, a token each."""
+        """All pieces, one token each."""
         return self.text + tuple(piece for call in self.calls for piece in call.pieces)
 
 
-def script(wish: Wish, conversation: Conversation) -> Script | None:
-    """The response to a request; None if it is to be made-up words, as without tools and schema.
+def script(wanted: OutputRequest, conversation: Conversation) -> Script | None:
+    """The response to a request; None, without tools and schema, means made-up words.
     Raises :class:`UnusableSchema`."""
-    calls = _calls(wish, conversation)
+    calls = _calls(wanted, conversation)
     if calls:
         return Script(calls=calls)
-    if wish.schema is not None:
-        return Script(text=_pieces(_json(wish.schema, conversation.question, "the response's schema")))
+    if wanted.schema is not None:
+        return Script(text=_pieces(_json(wanted.schema, conversation.question, "the response's schema")))
     if conversation.results:
         text = " ".join(conversation.results)
         return Script(text=_pieces(f"The simulated engine read this result: {text}"))
     return None
 
 
-def _calls(wish: Wish, conversation: Conversation) -> tuple[ScriptedCall, ...]:
-    if wish.choice == "none" or not wish.tools:
+def _calls(wanted: OutputRequest, conversation: Conversation) -> tuple[ScriptedCall, ...]:
+    if wanted.choice == "none" or not wanted.tools:
         return ()
-    tools = [tool for tool in wish.tools if tool.name not in conversation.called]
-    if wish.choice.startswith("="):
-        chosen = [tool for tool in tools if f"={tool.name}" == wish.choice]
-    elif conversation.results and wish.choice != "required":
+    tools = [tool for tool in wanted.tools if tool.name not in conversation.called]
+    if wanted.choice.startswith("="):
+        chosen = [tool for tool in tools if f"={tool.name}" == wanted.choice]
+    elif conversation.results and wanted.choice != "required":
         chosen = []
     else:
         chosen = [tool for tool in tools if _names(conversation.question, tool.name)]
-        if not chosen and wish.choice == "required":
+        if not chosen and wanted.choice == "required":
             chosen = tools[:1]
-    most = MAX_CALLS if wish.parallel else 1
+    most = MAX_CALLS if wanted.parallel else 1
     return tuple(
         ScriptedCall(
             tool.name, _pieces(_json(tool.schema, conversation.question, f"the schema of '{tool.name}'"))
@@ -128,7 +128,7 @@ def _calls(wish: Wish, conversation: Conversation) -> tuple[ScriptedCall, ...]:
 
 
 def _names(text: str, name: str) -> bool:
-    """Whether the text names a tool: its whole name, or a word of it that is not a plain one."""
+    """Whether the text names a tool: its whole name, or a word of it that is not a common one."""
     if name and name.lower() in text.lower():
         return True
     said = {word.lower() for word in re.findall(r"\w+", text)}
@@ -149,8 +149,8 @@ def _pieces(text: str) -> tuple[str, ...]:
     return tuple(_PIECES.findall(text))
 
 
-def wish_of(path: str, fields: Mapping[str, Any]) -> Wish:
-    """What a request of any interface wants."""
+def output_request(path: str, fields: Mapping[str, Any]) -> OutputRequest:
+    """What a request of any API asks for."""
     messages = path == "/v1/messages"
     choice = fields.get("tool_choice")
     parallel = fields.get("parallel_tool_calls") is not False
@@ -162,7 +162,7 @@ def wish_of(path: str, fields: Mapping[str, Any]) -> Wish:
         named = {"any": "required"}.get(kind, kind) if name is None else f"={name}"
     else:
         named = str(choice or "auto")
-    return Wish(
+    return OutputRequest(
         tuple(tool for each in _list(fields.get("tools")) if (tool := _tool(each, messages)) is not None),
         named,
         parallel,

@@ -1,4 +1,4 @@
-"""Line plots over time as SVG, with round ticks and dates as people write them."""
+"""Line plots over time as SVG, with round ticks, and dates such as 3 Nov 2026."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def time_label(unix_s: float, span_s: float) -> str:
 
 
 def date(unix_s: float) -> str:
-    """A day of UTC as a person writes it: ``3 Nov 2026``."""
+    """A day of UTC such as ``3 Nov 2026``."""
     moment = time.gmtime(unix_s)
     return f"{moment.tm_mday} {time.strftime('%b %Y', moment)}"
 

@@ -92,7 +92,7 @@ class EngineErrorReport(NamedTuple):
     """Its ``code``, if that is a word."""
     param: str | None = None
     is_no_answer: bool = False
-    """The engine reported no error: its response is something else than an answer."""
+    """The engine reported no error: its response is not a valid one."""
 
     @property
     def by_client(self) -> bool:

@@ -101,8 +101,8 @@ def _event_has_content(name: str, event: dict[str, Any]) -> bool:
 
 
 def completed(rest: bytes) -> bytes:
-    """What a stream's last bytes, after the last blank line, are worth: a whole event that only lacks its
-    blank line, else nothing."""
+    """The event in a stream's last bytes, after the last blank line, if it lacks only its blank line; else
+    nothing."""
     for _, data, _ in parsed(rest):
         if data.strip() == _DONE:
             return rest.rstrip(b"\r\n") + b"\n\n"

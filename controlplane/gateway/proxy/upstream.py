@@ -159,7 +159,7 @@ class UpstreamConnection(asyncio.Protocol):
                 return data
 
     def unread(self, data: bytes) -> None:
-        """Have a complete body, that was read whole, read once more."""
+        """Make :meth:`read` return a complete body once more."""
         self._decoder = None
         if data:
             self._body.append(data)
@@ -186,7 +186,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     @property
     def pending(self) -> bool:
-        """:meth:`read` still has something to say: body bytes, or that a compressed body is cut off."""
+        """:meth:`read` still has something to return: body bytes, or that a compressed body is cut off."""
         return bool(self._body) or (self._decoder is not None and not self._decoder.complete)
 
     @property

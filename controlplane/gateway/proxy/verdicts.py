@@ -1,9 +1,9 @@
 """Whose fault it was that an engine answered with an error of its own (500): the engine's or the request's.
 
-Many engines answer 500 for a request that they can't digest: llama.cpp for an image without a projector, vLLM
-and SGLang for ``tools`` that are a string. If such errors opened circuit breakers, one client could shut a
-tier for everybody. If they did not, an engine whose GPU has failed would go on getting requests. So they are
-an accusation, and what is seen next decides:
+Many engines answer 500 for a request that they can't process: llama.cpp for an image without a projector,
+vLLM and SGLang for ``tools`` that are a string. If such errors opened circuit breakers, one client could
+block a tier for all clients. If they did not, an engine whose GPU has failed would go on getting requests. So
+each such error is first an accusation, and the verdict depends on what follows:
 
 * Another endpoint of the tier answers the same request: the engine was at fault.
 * Another endpoint refuses it alike, with the same status and text: the request is at fault.
@@ -36,10 +36,10 @@ PROOF_S: Final = 2.0
 """A token that an engine sent this recently shows that it works."""
 CHECK_TIMEOUT_S: Final = 5.0
 MAX_DOUBTS: Final = 3
-"""So many requests in a row that were refused alike, with no answer in between, lead to a check."""
+"""So many requests in a row that were refused alike, with no success in between, lead to a check."""
 MAX_CHECK_BYTES: Final = 256 * 1024
 FAULT_WEIGHT: Final = 3
-"""For the breaker: an engine that can't generate one token is of no use to anybody."""
+"""For the breaker: an engine that can't generate one token is useless."""
 THE_REQUEST: Final = "request"
 """The kind, in metrics, of a failed attempt for which the request was to blame."""
 
@@ -193,7 +193,7 @@ class Verdicts:
         )
 
     def _doubt(self, accusation: Accusation) -> int:
-        """Count a request that endpoints refused alike. How many there were since the last answer."""
+        """Count a request that endpoints refused alike. How many there were since the last success."""
         load = accusation.load
         if max(load.sampled_s, load.proved_s) > load.doubted_s:
             load.doubts = 0

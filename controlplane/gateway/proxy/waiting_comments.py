@@ -1,8 +1,9 @@
-"""Comments in a stream whose answer has not begun, so that nothing between client and gateway cuts a
-connection on which nothing is sent: many load balancers do so after 60 s.
+"""Comments in a stream whose response has not begun, so that no load balancer closes the
+silent connection: many do so after 60 s.
 
 The price is that the status line is sent with the first comment. A request that fails afterwards ends with an
-error event under status 200, and the headers do not name the tier. Other endpoints are still tried unnoticed.
+error event under status 200, and the headers do not name the tier. Failed attempts are still retried, unseen
+by the client.
 """
 
 from __future__ import annotations

@@ -185,12 +185,14 @@ class Metrics:
         self.node_cpu = gauge("tierplane_node_cpu_ratio", "Busy share of a node's CPUs, in [0, 1].", ["node"])
         self.node_load = gauge(
             "tierplane_node_load_1m",
-            "A node's processes that run or wait for a CPU, over a minute.",
+            "Processes of a node that run or wait for a CPU, averaged over a minute.",
             ["node"],
         )
         self.node_memory_total = gauge("tierplane_node_memory_total_bytes", "A node's memory.", ["node"])
         self.node_memory_available = gauge(
-            "tierplane_node_memory_available_bytes", "A node's memory that processes can still get.", ["node"]
+            "tierplane_node_memory_available_bytes",
+            "Memory of a node that is available to processes.",
+            ["node"],
         )
         self.node_disk_total = gauge(
             "tierplane_node_disk_total_bytes",

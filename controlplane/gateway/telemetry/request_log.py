@@ -42,8 +42,8 @@ class _TierRequests:
         self.stride = 1
 
     def take_sample(self, request: LoggedRequest, most: int) -> None:
-        """Add one of the others. Once there are too many, every second is dropped, and only half as many are
-        taken from then on: what stays is spread evenly over the interval."""
+        """Add one of the others. When there are too many, every second one is dropped, and from then on only
+        half as many are added, so that the sample is spread evenly over the interval."""
         self.sample.append(request)
         if len(self.sample) > most:
             del self.sample[1::2]
@@ -80,25 +80,25 @@ class RequestLog:
         if context.session:
             self._count(context, outcome)
         tier = context.tier
-        kept = self._tiers.get(tier)
-        if kept is None:
-            kept = self._tiers[tier] = _TierRequests(self._most)
+        of_tier = self._tiers.get(tier)
+        if of_tier is None:
+            of_tier = self._tiers[tier] = _TierRequests(self._most)
         if outcome is not _OK:
-            kept.failed.append(self._logged(context, outcome, reason, now_s))
+            of_tier.failed.append(self._logged(context, outcome, reason, now_s))
             return
         total_s = now_s - context.arrived_s
-        if len(kept.slow) < self._most:
-            heappush(kept.slow, (total_s, self._ended, self._logged(context, outcome, reason, now_s)))
+        if len(of_tier.slow) < self._most:
+            heappush(of_tier.slow, (total_s, self._ended, self._logged(context, outcome, reason, now_s)))
             return
-        kept.others += 1
-        sampled = kept.others % kept.stride == 0
-        if total_s > kept.slow[0][0]:
+        of_tier.others += 1
+        sampled = of_tier.others % of_tier.stride == 0
+        if total_s > of_tier.slow[0][0]:
             entry = (total_s, self._ended, self._logged(context, outcome, reason, now_s))
-            _, _, faster = heapreplace(kept.slow, entry)
+            _, _, faster = heapreplace(of_tier.slow, entry)
             if sampled:
-                kept.take_sample(faster, self._most)
+                of_tier.take_sample(faster, self._most)
         elif sampled:
-            kept.take_sample(self._logged(context, outcome, reason, now_s), self._most)
+            of_tier.take_sample(self._logged(context, outcome, reason, now_s), self._most)
 
     def batch(self) -> RequestBatch:
         """What was logged since the last batch that was delivered before. Until :meth:`delivered` is called
@@ -107,8 +107,8 @@ class RequestLog:
             self._number += 1
             requests = [
                 request
-                for kept in self._tiers.values()
-                for request in (*(entry[2] for entry in kept.slow), *kept.failed, *kept.sample)
+                for of_tier in self._tiers.values()
+                for request in (*(entry[2] for entry in of_tier.slow), *of_tier.failed, *of_tier.sample)
             ]
             self._pending = RequestBatch(
                 self._number, time.time(), self._ended, tuple(requests[:MAX_REQUESTS]), self._session_usage()

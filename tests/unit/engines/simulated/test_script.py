@@ -12,7 +12,7 @@ from anthropic import Anthropic
 from openai import BadRequestError, DefaultHttpxClient, OpenAI
 
 from controlplane.engines.simulated.json_schema import NoExample, example
-from controlplane.engines.simulated.script import Conversation, Tool, Wish, script
+from controlplane.engines.simulated.script import Conversation, OutputRequest, Tool, script
 from tests.support.engines import SimulatedServer
 
 TEXT = 'the weather in "New York", or in Lisbon, for 3 days'
@@ -121,7 +121,7 @@ def test_words_and_numbers_of_the_message_are_used() -> None:
 
 
 @pytest.mark.parametrize(
-    ("question", "wish", "called", "expected"),
+    ("question", "options", "called", "expected"),
     [
         ("the weather, please", {}, (), ["get_weather"]),
         ("Call add", {}, (), ["add"]),
@@ -137,10 +137,12 @@ def test_words_and_numbers_of_the_message_are_used() -> None:
     ],
 )
 def test_which_tools_are_called(
-    question: str, wish: dict[str, Any], called: tuple[str, ...], expected: list[str]
+    question: str, options: dict[str, Any], called: tuple[str, ...], expected: list[str]
 ) -> None:
     tools = (Tool("get_weather", WEATHER), Tool("add", {"type": "object"}))
-    made = script(Wish(tools, **wish), Conversation(question, called, ("18 degrees",) * len(called)))
+    made = script(
+        OutputRequest(tools, **options), Conversation(question, called, ("18 degrees",) * len(called))
+    )
     assert [call.name for call in made.calls] == expected if made is not None else not expected
 
 
