@@ -11,7 +11,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 
 class TrailerlessProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol; trailers go to a list that nobody reads."""
+    """uvicorn's HTTP protocol; trailers go to a list that is never read."""
 
     def on_headers_complete(self) -> None:
         """The headers are complete: the application gets a list that trailers are not appended to."""

@@ -176,7 +176,7 @@ class ClientConnection(asyncio.Protocol):
                 self._intake.receiving.hold(self, self._body_bytes + self._quiet_bytes)
 
     def _much_is_waiting(self) -> bool:
-        """Whether as much as is allowed has arrived behind the request that is being handled."""
+        """Whether the requests behind the one that is being handled have reached their limit."""
         return len(self._ready) >= self._limits.pipelined or self._waiting_bytes() > LARGE_BODY_BYTES
 
     def _waiting_bytes(self) -> int:

@@ -62,7 +62,7 @@ class _Unpacked:
         self._body = body
 
     def read(self, size: int, /) -> bytes:
-        """Up to ``size`` bytes; empty at the end. The library takes data that is cut off for its end."""
+        """Up to ``size`` bytes; empty at the end. The library treats truncated data as complete."""
         piece = self._stream.read(size)
         if not piece:
             _check_frames(self._body)

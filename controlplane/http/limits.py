@@ -17,7 +17,7 @@ RETRY_AFTER_S: Final = 1.0
 LARGE_BODY_BYTES: Final = 64 * 1024
 """Smaller bodies are bounded by the number of connections."""
 _HANDLED_RATIO: Final = 4
-"""So many times the bytes of requests that are being received may be those of requests that are handled."""
+"""The limit for bodies of requests that are being handled, as a multiple of that for those being received."""
 _KEEP_RATIO: Final = 7 / 8
 """When the bytes of unfinished requests are over their limit, the largest are dropped down to this share, so
 that the next byte doesn't search for the largest again."""

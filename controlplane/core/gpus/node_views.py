@@ -34,7 +34,7 @@ class NodeView:
     age_s: float | None
     """Since its agent's last sample arrived; None before the first."""
     cordoned: str
-    """Why an operator cordoned or drained it; empty if nobody did."""
+    """Why an operator cordoned or drained it; empty if none did."""
     cpu_count: int | None
     cpu_ratio: float | None
     """Busy share of all CPUs, in [0, 1]."""

@@ -308,7 +308,7 @@ def _only_busy(tier: TierCondition, breaches: _Breaches) -> str:
         return "but no request came: see first what else keeps the GPU busy"
     attainment = tier.attainment.fresh
     met = attainment is not None and attainment >= tier.goal
-    return "but the SLO is kept and nothing waits" if met else ""
+    return "but the SLO is met and nothing waits" if met else ""
 
 
 def _count(replicas: int) -> str:

@@ -13,7 +13,7 @@ each such error is first an accusation, and the verdict depends on what follows:
 * If endpoints refuse requests alike again and again, and serve none in between, they are checked, too.
 
 A request that was at fault is answered with the engine's own error; it counts for no breaker, no SLO and no
-alert. A check that gets no clear result (the engine is busy, the gateway has no sockets) blames nobody.
+alert. A check that gets no clear result (the engine is busy, the gateway has no sockets) blames neither.
 """
 
 from __future__ import annotations

@@ -202,7 +202,7 @@ def test_a_configured_threshold_applies_to_all_tiers() -> None:
 def test_a_tier_that_is_only_busy_is_a_weak_reason() -> None:
     busy = replace(CALM, gpu_ratio=known_now(0.97))
     (weak,) = recommend([busy])
-    assert weak.reasons == ("GPU utilisation is 97%, over 95%", "but the SLO is kept and nothing waits")
+    assert weak.reasons == ("GPU utilisation is 97%, over 95%", "but the SLO is met and nothing waits")
     assert weak.confidence == 0.2
     changes: tuple[dict[str, Any], ...] = (
         {"queue": known_now(1.0)},
@@ -216,7 +216,7 @@ def test_a_tier_that_is_only_busy_is_a_weak_reason() -> None:
     for change in changes:
         (found,) = recommend([replace(busy, **change)])
         assert found.confidence > 0.4, change
-        assert not any("SLO is kept" in reason for reason in found.reasons)
+        assert not any("SLO is met" in reason for reason in found.reasons)
 
 
 def scored(recommendation: Recommendation, tier: TierCondition, *, applied: bool = False) -> Score:
