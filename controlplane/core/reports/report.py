@@ -11,6 +11,7 @@ gateway reported counts as not covered, not as an hour without requests.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -133,7 +134,10 @@ class Totals:
     def quantile_ms(self, name: str, quantile: float) -> float | None:
         """A quantile of one of :data:`HISTOGRAMS` in milliseconds, in the right bucket; None without
         values."""
-        return _ms(quantile_s(self.counts.get(name, ()), quantile))
+        found_s, high_s = quantile_s(self.counts.get(name, ()), quantile), self.high("latency_max_s")
+        if found_s is None or high_s is None or _bucket(found_s) != _bucket(high_s):
+            return _ms(found_s)
+        return _ms(min(found_s, high_s))  # interpolation knows nothing of the largest value in its bucket
 
     def sum(self, name: str) -> float:
         """The sum of one of :data:`SUMS`."""
@@ -364,6 +368,10 @@ def track_step_s(window_s: float) -> int:
 
 def _is_tier(instance: Instance) -> bool:
     return instance.kind is InstanceKind.TIER
+
+
+def _bucket(seconds: float) -> int:
+    return bisect_left(LATENCY_BOUNDS_S, seconds)
 
 
 def ratio(part: float, whole: float) -> float | None:

@@ -22,6 +22,7 @@ from controlplane.core.reports.report import (
     track_step_s,
 )
 from controlplane.core.reports.ring_buffer import ReportRing, SampleRound, tally
+from controlplane.core.traffic.counters import LATENCY_BOUNDS_S
 from tests.support.reports import added_up
 
 LIGHT = Instance(InstanceKind.TIER, "light", "light")
@@ -86,6 +87,20 @@ def test_figures_of_a_window() -> None:
     assert found.attainment == pytest.approx(0.95)
     assert found.gpu_hours == pytest.approx(0.1)
     assert found.cost == pytest.approx(0.3)
+
+
+def test_no_percentile_is_over_the_maximum() -> None:
+    found = totals_of(2.021, 3)
+    assert found.quantile_ms("latency_counts", 0.99) == 2021.0
+    assert (totals_of(1.5, 3).quantile_ms("latency_counts", 0.99) or 0) > 2000, "the bucket is right"
+
+
+def totals_of(high_s: float, count: int) -> Totals:
+    """Requests between 2 and 3 s, of which the maximum is known."""
+    found = Totals()
+    found.add("latency_max_s", 1.0, high_s, high_s)
+    found.add_count("latency_counts", LATENCY_BOUNDS_S.index(3.0), count)
+    return found
 
 
 def test_what_was_not_measured_is_not_zero() -> None:
