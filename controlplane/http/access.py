@@ -53,23 +53,19 @@ class AccessRules:
         self._allowed_hosts = frozenset(name.lower().rstrip(".") for name in allowed_hosts)
         self._origins = frozenset(origin.lower().encode() for origin in cors_origins)
         self._every_origin = b"*" in self._origins
-        self._good_hosts: set[bytes] = set()
-
-    @property
-    def remembered(self) -> int:
-        """How many ``Host`` headers are known to be acceptable."""
-        return len(self._good_hosts)
+        self.good_hosts: set[bytes] = set()
+        """``Host`` headers that are known to be acceptable."""
 
     def refusal(self, method: str, headers: Mapping[bytes, bytes]) -> RequestError | None:
         """Why the request is refused, or None. A missing ``Host`` is not judged here."""
         host = headers.get(b"host", b"")
-        if host not in self._good_hosts:
+        if host not in self.good_hosts:
             error = self._host_refusal(host)
             if error is not None:
                 return error
-            if len(self._good_hosts) >= _KNOWN_HOSTS:
-                self._good_hosts.clear()
-            self._good_hosts.add(host)
+            if len(self.good_hosts) >= _KNOWN_HOSTS:
+                self.good_hosts.clear()
+            self.good_hosts.add(host)
         if b"origin" in headers or b"sec-fetch-site" in headers:
             return self._origin_refusal(method, headers, host)
         return None

@@ -162,7 +162,11 @@ class ClientConnection(asyncio.Protocol):
 
     def _parse(self, data: bytes) -> None:
         if len(data) <= _FEED_BYTES:
-            self._feed(data)
+            self._quiet_bytes += len(data)
+            try:
+                self._parser.feed_data(data)
+            except (httptools.HttpParserUpgrade, httptools.HttpParserError) as stopped:
+                self._on_stopped(stopped, data)
         else:
             self._feed_in_pieces(data)
         if self._task is not None and self._transport is not None and self._much_is_waiting():
@@ -197,26 +201,29 @@ class ClientConnection(asyncio.Protocol):
 
     def _feed(self, data: bytes | memoryview) -> None:
         self._quiet_bytes += len(data)
-        while True:
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserUpgrade, httptools.HttpParserError) as stopped:
+            self._on_stopped(stopped, data)
+
+    def _on_stopped(self, stopped: Exception, data: bytes | memoryview) -> None:
+        """The parser has stopped in ``data``: at an offer to upgrade, behind which it goes on, or at an error."""
+        while isinstance(stopped, httptools.HttpParserUpgrade):
+            if self._rejection is not None:
+                return
+            self._decline_upgrade()
+            data = data[stopped.args[0] :]
             try:
                 self._parser.feed_data(data)
                 return
-            except httptools.HttpParserUpgrade as upgrade:
-                if self._rejection is not None:
-                    return
-                self._decline_upgrade()
-                data = data[upgrade.args[0] :]
-            except httptools.HttpParserCallbackError:
-                raise  # a defect of this server, not of the request
-            except httptools.HttpParserInvalidMethodError as error:
-                if _REQUEST_LINE.match(data):
-                    self._reject(UnknownMethod("this server does not know the request's method"))
-                else:
-                    self._reject(BadRequest(f"not an HTTP/1.1 request: {error}"))
-                return
-            except httptools.HttpParserError as error:
-                self._reject(BadRequest(f"not an HTTP/1.1 request: {error}"))
-                return
+            except (httptools.HttpParserUpgrade, httptools.HttpParserError) as error:
+                stopped = error
+        if isinstance(stopped, httptools.HttpParserCallbackError):
+            raise stopped  # a defect of this server, not of the request
+        if isinstance(stopped, httptools.HttpParserInvalidMethodError) and _REQUEST_LINE.match(data):
+            self._reject(UnknownMethod("this server does not know the request's method"))
+        else:
+            self._reject(BadRequest(f"not an HTTP/1.1 request: {stopped}"))
 
     def _decline_upgrade(self) -> None:
         """Ignores an offer to upgrade the protocol. The parser has stopped after the headers as if the offer
@@ -328,7 +335,10 @@ class ClientConnection(asyncio.Protocol):
         if self._task is not None:
             self._ready.append((request, response))
             return
-        rest = self._intake.handle(request, response)
+        if method == "OPTIONS" or b"content-encoding" in headers:
+            rest = self._intake.handle(request, response)
+        else:
+            rest = self._intake.handler(request, response)  # all that ``handle`` does with other requests
         if rest is not None or self._can_write is not None:
             self._response = response
             self._task = self._loop.create_task(self._work(response, rest))

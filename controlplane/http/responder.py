@@ -16,7 +16,7 @@ _CHUNK_SIZE_LINES: Final = [b"%x\r\n" % size for size in range(_SHORT_CHUNK_BYTE
 
 
 def _status_line(status: int) -> bytes:
-    return _STATUS_LINES.get(status) or f"HTTP/1.1 {status} Unknown\r\n".encode()
+    return f"HTTP/1.1 {status} Unknown\r\n".encode()
 
 
 class Connection(Protocol):
@@ -81,7 +81,7 @@ class HttpResponder:
     def _head(self, status: int, headers: Headers) -> list[bytes]:
         if self._extra:
             headers = [*headers, *self._extra]
-        parts = [_status_line(status), header_lines(headers)]
+        parts = [_STATUS_LINES.get(status) or _status_line(status), header_lines(headers)]
         if not self._keep_alive:
             parts.append(b"connection: close\r\n")
         return parts

@@ -48,6 +48,7 @@ class Overflow(StrEnum):
 _GONE: Final = frozenset({EndpointState.FAILED, EndpointState.STOPPED})
 _EMBEDDINGS: Final = API_BITS[Api.EMBEDDINGS]
 # Attribute look-ups on an enum class cost more than on a module.
+_EMBEDDINGS_API: Final = Api.EMBEDDINGS
 _HIGH: Final = Priority.HIGH
 _SEND: Final = RouteOutcome.SEND
 
@@ -101,7 +102,7 @@ def choose_endpoint(
     the source of randomness, is a non-negative integer that differs from call to call."""
     if route.refusal is not None:
         return RouteDecision(RouteOutcome.REJECT, "", "", refusal=route.refusal, message=route.message)
-    if request.api is Api.EMBEDDINGS:
+    if request.api is _EMBEDDINGS_API:
         route = _for_embeddings(route, endpoint_table)
     pools = endpoint_table.pools
     for rank, reason in zip(route.order, route.reasons, strict=True):

@@ -99,7 +99,15 @@ class Attempt:
     async def send(self, path: str, body: bytes) -> None:
         """Send the request and wait for the head of the response. Raises :class:`UpstreamFailure` if the
         engine can't be reached, or if another engine might not fail with the same status."""
-        status = await self._post(path, body)
+        origin = self.upstream.origin
+        status = await self._exchange(origin, origin.request("POST", path, self._context.identity, body))
+        if 300 <= status < 400:
+            status = await self._follow_redirects(path, body)
+        self.status = status
+        for name, value in self.connection.headers:
+            if name == b"content-type":
+                self.content_type = value
+                self.streaming = value[:17].lower() == EVENT_STREAM and status < 400
         if status < 300 or (400 <= status < 500 and status not in NOT_THE_CLIENTS):
             return
         response = await self.read_all(MAX_ERROR_BYTES)
@@ -186,25 +194,11 @@ class Attempt:
         if self.status < 400 and not self._context.fields.stream_options:
             self.upstream.refuses_usage = True
 
-    async def _post(self, path: str, body: bytes) -> int:
-        """Send the request and return the status of the response.
+    async def _exchange(self, origin: UpstreamOrigin, request: bytes) -> int:
+        """Send the request over a connection of ``origin`` and return the status of the response.
 
         A keep-alive connection that turns out to be closed is replaced once, because the engine did not fail.
         """
-        origin = self.upstream.origin
-        request = origin.request("POST", path, self._context.identity, body)
-        status = await self._exchange(origin, request)
-        if 300 <= status < 400:
-            status = await self._follow_redirects(path, body)
-        self.status = status
-        for name, value in self.connection.headers:
-            if name == b"content-type":
-                self.content_type = value
-                self.streaming = value[:17].lower() == EVENT_STREAM and status < 400
-        return status
-
-    async def _exchange(self, origin: UpstreamOrigin, request: bytes) -> int:
-        """Send the request over a connection of ``origin`` and return the status of the response."""
         deadline_s = self._context.deadline_s
         connection = await origin.acquire(deadline_s=deadline_s)
         try:

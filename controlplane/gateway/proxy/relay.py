@@ -131,11 +131,11 @@ class Relay:
             and not context.fields.asks_token_ids
             and context.fields.one_choice
         )
-        body = partial(context.body_for, attempt.load, token_ids=attempt.ids_added)
         if context.stream and context.api in USAGE_APIS and not asks_usage(context.fields.stream_options):
+            body = partial(context.body_for, attempt.load, token_ids=attempt.ids_added)
             await attempt.send_asking_usage(context.path, body(usage=True), body)
         else:
-            await attempt.send(context.path, body())
+            await attempt.send(context.path, context.body_for(attempt.load, token_ids=attempt.ids_added))
         await attempt.receive()
         if attempt.status < 400:
             attempt.first_token()
@@ -243,12 +243,13 @@ class Relay:
         events = prompt = 0
         usage = StreamUsage()
         whole = attempt.data
+        read, whole_events = attempt.connection.read, attempt.whole_events
         if attempt.ids_added and (ids := PROMPT_IDS.search(whole)) is not None:
             prompt = ids[1].count(b",") + 1
         try:
             while True:
                 if whole:
-                    error = stream_error(whole)
+                    error = stream_error(whole) if b"error" in whole else None
                     if error is not None:
                         whole = whole[: error.offset]
                     if recorder is not None:
@@ -267,8 +268,8 @@ class Relay:
                     if error is not None:
                         headers = attempt.connection.headers
                         raise reported_failure(error.report, AttemptFailure.STREAM_ERROR, headers)
-                data = await attempt.connection.read()
-                whole = attempt.whole_events(data) if data else attempt.last_event()
+                data = await read()
+                whole = whole_events(data) if data else attempt.last_event()
                 if not data and not whole:
                     break
             if not is_end(context.api, before + last):

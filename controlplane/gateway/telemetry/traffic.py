@@ -74,8 +74,8 @@ class _SubjectCounts:
         self.max_s = self.max_before_s = self.max_since_s = 0.0
 
     def served(self, context: RequestContext, outcome: RequestOutcome, total_s: float, now_s: float) -> None:
-        if outcome is not RequestOutcome.CLIENT_ERROR:
-            self.retried += max(0, context.attempts - 1)
+        if context.attempts > 1 and outcome is not RequestOutcome.CLIENT_ERROR:
+            self.retried += context.attempts - 1
         if outcome is _OK:
             self.ok += 1
             self.resumed += context.resumed
@@ -84,7 +84,8 @@ class _SubjectCounts:
             if context.stream:
                 self.ttft[bisect_left(LATENCY_BOUNDS_S, context.first_byte_s - context.arrived_s)] += 1
             self._begin_slot_if_due(now_s)
-            self.max_s = max(self.max_s, total_s)
+            if total_s > self.max_s:
+                self.max_s = total_s
         elif outcome is _FAILED:
             self.failed += 1
         elif outcome is _SHED:
@@ -154,14 +155,15 @@ class TrafficCounter:
         count for an SLO.
         """
         total_s = now_s - context.arrived_s
-        for counts in self._of(context.tier, context):
+        tier = context.tier
+        for counts in self._of(tier, context):
             counts.served(context, outcome, total_s, now_s)
         if context.route is None or not context.route.order or outcome in _NOT_JUDGED:
             return None
         intended = self._names[context.route.order[0]]
         counts = self._tiers[intended]
         counts.judged += 1
-        counts.served_elsewhere += bool(context.tier) and context.tier != intended and outcome is _OK
+        counts.served_elsewhere += outcome is _OK and tier != intended and bool(tier)
         missed = outcome is not _OK or not self._within_slo(context, intended, total_s)
         counts.missed += missed
         return intended, missed
