@@ -25,7 +25,6 @@ USAGE_MARK: Final = b'"usage"'
 _WHOLE_NUMBER: Final = re.compile(rb"([0-9]{1,9})(?:\.0*)?")
 _OBJECT: Final = re.compile(rb'"usage"\s*:\s*\{')
 _NO_CHOICES: Final = re.compile(rb'"choices"\s*:\s*\[\s*\]')
-_BLANK_LINES: Final = (b"\n\n", b"\n\r\n")
 _DATA: Final = re.compile(rb"^data:(.*)$", re.MULTILINE)
 _ASKED: Final = b',"stream_options":{"include_usage":true}}'
 _MISSING: Final = (b"", b"null")
@@ -146,13 +145,15 @@ class StreamUsage:
         self._first = b""
         self._last = b""
 
-    def add(self, events: bytes) -> None:
-        """Whole events that contain :data:`USAGE_MARK`."""
-        if _OBJECT.search(events) is not None:
+    def add(self, events: bytes, mark: int = 0) -> None:
+        """Whole events that contain :data:`USAGE_MARK`, at ``mark`` for the first time."""
+        found = _OBJECT.search(events, mark)
+        if found is not None:
+            begin = events.rfind(b"\n", 0, found.start()) + 1
             if self._first:
-                self._last = events
+                self._last = events[begin:]
             else:
-                self._first = events
+                self._first = events[begin:]
 
     def read(self) -> ReportedUsage:
         """The usage of the whole stream. Figures only grow during a stream, so the largest ones are those of
@@ -218,15 +219,15 @@ def without_usage_events(events: bytes) -> bytes:
 
 def _bounds(events: bytes, offset: int) -> tuple[int, int]:
     """Where the event at ``offset`` begins and ends."""
-    begin = max(
-        (found + len(blank) for blank in _BLANK_LINES if (found := events.rfind(blank, 0, offset)) >= 0),
-        default=0,
-    )
-    end = min(
-        (found + len(blank) for blank in _BLANK_LINES if (found := events.find(blank, offset)) >= 0),
-        default=len(events),
-    )
-    return begin, end
+    begin = events.rfind(b"\n\n", 0, offset)
+    begin = begin + 2 if begin >= 0 else 0
+    with_return = events.rfind(b"\n\r\n", max(begin - 1, 0), offset)
+    if with_return >= 0:
+        begin = with_return + 3
+    end = events.find(b"\n\n", offset)
+    end = end + 2 if end >= 0 else len(events)
+    with_return = events.find(b"\n\r\n", offset, end)
+    return begin, with_return + 3 if with_return >= 0 else end
 
 
 def _only_usage(event: bytes) -> bool:

@@ -207,7 +207,7 @@ class ClientConnection(asyncio.Protocol):
             self._on_stopped(stopped, data)
 
     def _on_stopped(self, stopped: Exception, data: bytes | memoryview) -> None:
-        """The parser has stopped in ``data``: at an offer to upgrade, behind which it goes on, or at an error."""
+        """The parser has stopped in ``data``, at an offer to upgrade or at an error."""
         while isinstance(stopped, httptools.HttpParserUpgrade):
             if self._rejection is not None:
                 return

@@ -22,6 +22,7 @@ _LAST_EVENT: Final = {
     Api.RESPONSES: re.compile(rb'"type": ?"response\.(?:completed|incomplete|failed)"'),
     Api.MESSAGES: re.compile(rb'"type": ?"message_stop"'),
 }
+_USUAL_END: Final = b"\ndata: [DONE]\n\n"
 LINE_FEED: Final = 0x0A
 _LONE_RETURN: Final = re.compile(rb"\r(?!\n)")
 MAX_EVENT_BYTES: Final = 16 * 1024 * 1024
@@ -44,6 +45,8 @@ def has_end(api: Api, events: bytes) -> bool:
     event."""
     if api not in _LAST_EVENT:
         return False
+    if events.endswith(_USUAL_END):
+        return True
     for done in _DONE.finditer(events):
         if done.start() == 0 or events[done.start() - 1] == LINE_FEED:
             return True
@@ -80,6 +83,8 @@ class EventBuffer:
         if self._return or b"\r" in data:
             data = self._without_lone_returns(data)
         held = self._held
+        if not held and data.endswith(b"\n\n"):  # the usual case
+            return data
         end = events_end(data)
         if not held:
             if end == len(data):

@@ -255,8 +255,9 @@ class Relay:
                     if recorder is not None:
                         recorder.add(whole)
                     shown = strip(b"", whole) if strip is not None else whole
-                    if USAGE_MARK in whole:
-                        usage.add(whole)
+                    mark = whole.find(USAGE_MARK)
+                    if mark >= 0:
+                        usage.add(whole, mark)
                         if attempt.usage_added:
                             shown = without_usage_events(shown)
                     events += whole.count(b'"token_ids":[') if attempt.ids_added else shown.count(b"data: {")

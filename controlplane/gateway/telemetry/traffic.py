@@ -84,8 +84,7 @@ class _SubjectCounts:
             if context.stream:
                 self.ttft[bisect_left(LATENCY_BOUNDS_S, context.first_byte_s - context.arrived_s)] += 1
             self._begin_slot_if_due(now_s)
-            if total_s > self.max_s:
-                self.max_s = total_s
+            self.max_s = max(self.max_s, total_s)
         elif outcome is _FAILED:
             self.failed += 1
         elif outcome is _SHED:
