@@ -207,9 +207,12 @@ def spliced(body: bytes) -> bytes:
 
 def without_usage_events(events: bytes) -> bytes:
     """Whole events without those that only carry usage."""
+    mark = events.find(USAGE_MARK)
+    if mark < 0:
+        return events
     remaining = []
     copied_to = 0
-    for found in _NO_CHOICES.finditer(events):
+    for found in _NO_CHOICES.finditer(events, _bounds(events, mark)[0]):
         begin, end = _bounds(events, found.start())
         if begin >= copied_to and _only_usage(events[begin:end]):
             remaining.append(events[copied_to:begin])
