@@ -49,6 +49,8 @@ class ServerLimits:
     stall_s: float = 60.0
     """Seconds in which a client must read :attr:`stall_bytes` of the response that waits for it."""
     stall_bytes: int = 16 * 1024
+    unsent_bytes: int = 512 * 1024 * 1024
+    """Bytes of all responses that wait for their clients; beyond it the connections with most are reset."""
     linger_s: float = 2.0
     """Seconds that the connection of a refused request stays open, so that a client that is still sending can
     read the error."""

@@ -163,8 +163,21 @@ class HttpServer:
             if len(self.connections) > self._most_connections:
                 self._make_room()
             now_s = monotonic()
+            unsent_bytes = 0
             for connection in list(self.connections):
                 connection.enforce(now_s)
+                unsent_bytes += connection.unsent_bytes
+            if unsent_bytes > self.limits.unsent_bytes:
+                self._abort_largest(unsent_bytes)
+
+    def _abort_largest(self, unsent_bytes: int) -> None:
+        """Resets connections, those with most unsent bytes first, until they are within the limit."""
+        by_size = sorted(self.connections, key=lambda connection: connection.unsent_bytes, reverse=True)
+        for connection in by_size:
+            if unsent_bytes <= self.limits.unsent_bytes:
+                break
+            unsent_bytes -= connection.unsent_bytes
+            connection.abort()
 
 
 def _listener(host: str, port: int, *, share_port: bool) -> socket.socket:

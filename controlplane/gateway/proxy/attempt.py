@@ -28,7 +28,12 @@ from controlplane.gateway.proxy.engine_errors import (
 )
 from controlplane.gateway.proxy.first_token import MAX_PREAMBLE_BYTES, completed, has_content
 from controlplane.gateway.proxy.timeouts import TimeoutWatcher, WatchedAttempt
-from controlplane.gateway.proxy.upstream import UpstreamConnection, UpstreamFailure, UpstreamOrigin
+from controlplane.gateway.proxy.upstream import (
+    UpstreamConnection,
+    UpstreamFailure,
+    UpstreamOrigin,
+    WireRequest,
+)
 from controlplane.gateway.request_context import RequestContext
 from controlplane.http.messages import EVENT_STREAM, Headers, Responder
 from controlplane.http.redirects import MAX_REDIRECTS
@@ -37,6 +42,8 @@ from controlplane.http.sse import EventBuffer, EventTooLarge
 MAX_ERROR_BYTES: Final = 64 * 1024
 MAX_BODY_BYTES: Final = 256 * 1024 * 1024
 """The largest response that is not streamed."""
+MAX_HELD_BYTES: Final = 512 * 1024 * 1024
+"""The most bytes of responses that are not streamed and being received from one engine."""
 HOLD_S: Final = 1.0
 """How long other endpoints are preferred to one that is too busy and does not say for how long."""
 
@@ -194,7 +201,7 @@ class Attempt:
         if self.status < 400 and not self._context.fields.stream_options:
             self.upstream.refuses_usage = True
 
-    async def _exchange(self, origin: UpstreamOrigin, request: bytes) -> int:
+    async def _exchange(self, origin: UpstreamOrigin, request: WireRequest) -> int:
         """Send the request over a connection of ``origin`` and return the status of the response.
 
         A keep-alive connection that turns out to be closed is replaced once, because the engine did not fail.
@@ -222,7 +229,9 @@ class Attempt:
             AttemptFailure.SERVER_ERROR, f"the engine answered with over {MAX_REDIRECTS} redirects"
         )
 
-    async def _head(self, origin: UpstreamOrigin, connection: UpstreamConnection, request: bytes) -> int:
+    async def _head(
+        self, origin: UpstreamOrigin, connection: UpstreamConnection, request: WireRequest
+    ) -> int:
         if self._watched is not None:
             self._timeouts.discard(self._watched)
         if self._connection is not None:
@@ -248,14 +257,22 @@ class Attempt:
             return data
         parts = [data]
         size = len(data)
-        while data:
-            data = await connection.read()
-            parts.append(data)
-            size += len(data)
-            if size > limit_bytes:
-                raise UpstreamFailure(
-                    AttemptFailure.SERVER_ERROR, f"the engine's response is over {limit_bytes} bytes"
-                )
+        upstream = self.upstream
+        upstream.held_bytes += size
+        try:
+            while data:
+                data = await connection.read()
+                parts.append(data)
+                size += len(data)
+                upstream.held_bytes += len(data)
+                if size > limit_bytes:
+                    detail = f"the engine's response is over {limit_bytes} bytes"
+                    raise UpstreamFailure(AttemptFailure.SERVER_ERROR, detail)
+                if upstream.held_bytes > MAX_HELD_BYTES:
+                    detail = f"responses of over {MAX_HELD_BYTES} bytes are being received from one engine"
+                    raise UpstreamFailure(AttemptFailure.GATEWAY, detail)
+        finally:
+            upstream.held_bytes -= size
         return b"".join(parts)
 
     def first_token(self) -> None:

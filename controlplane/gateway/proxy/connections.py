@@ -36,12 +36,14 @@ _model_list = reader(_ModelList)
 class EndpointConnections:
     """The connections to one engine process, and the meter of its GPU time."""
 
-    __slots__ = ("_max_model_len", "meter", "origin", "refuses_usage")
+    __slots__ = ("_max_model_len", "held_bytes", "meter", "origin", "refuses_usage")
 
     def __init__(self, origin: UpstreamOrigin, gpus: float, now_s: float) -> None:
         self.origin = origin
         self.meter = EndpointPriceMeter(gpus, now_s)
         self._max_model_len: int | None = None
+        self.held_bytes = 0
+        """Bytes of responses that are not streamed and being received."""
         self.refuses_usage = False
         """The engine rejects requests with ``stream_options``."""
 

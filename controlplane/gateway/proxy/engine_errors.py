@@ -35,6 +35,21 @@ UNREACHABLE: Final = frozenset({502, 504, *range(520, 528), 530})
 
 _decode: Final = msgspec.json.Decoder().decode
 _encode: Final = msgspec.json.Encoder().encode
+_LONG_BYTES: Final = 1024 * 1024
+MAX_MEMBER_BYTES: Final = 64 * 1024
+"""The longest member that is decoded of a response over 1 MiB."""
+_error_members: Final = msgspec.json.Decoder(
+    msgspec.defstruct(
+        "_ErrorMembers",
+        [
+            (name, msgspec.Raw, msgspec.Raw())
+            for name in (
+                "error", "object", "type", "response", "message", "detail", "msg", "error_message",
+                "error_type", "code", "status", "status_code", "statusCode", "http_status", "http_code",
+            )
+        ],
+    )
+).decode  # fmt: skip
 _UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 _STATUS_MEMBERS: Final = ("code", "status", "status_code", "statusCode", "http_status", "http_code")
@@ -159,9 +174,23 @@ def whole_error(body: bytes, content_type: bytes) -> EngineErrorReport | None:
     if not named or named == body.count(b'"error":null') + body.count(b'"error": null'):
         return None
     try:
-        return report_of(_decode(body))
+        return report_of(_decode_members(body))
     except _UNREADABLE:
         return _no_answer(f"the engine's response is not JSON: {plain_text(body)}")
+
+
+def _decode_members(text: bytes) -> Any:
+    """JSON of an engine. Of a long one only the members that may name an error are decoded, and of those only
+    the short ones: a response of 256 MiB may have more values than fit in memory."""
+    if len(text) <= _LONG_BYTES or text[:64].lstrip()[:1] != b"{":
+        return _decode(text) if len(text) <= _LONG_BYTES else None
+    found = _error_members(text)
+    value: dict[str, Any] = {}
+    for name in found.__struct_fields__:
+        raw = bytes(getattr(found, name))
+        if raw:
+            value[name] = _decode(raw) if len(raw) <= MAX_MEMBER_BYTES else plain_text(raw)
+    return value
 
 
 def _no_answer(text: str) -> EngineErrorReport:
@@ -252,7 +281,7 @@ def parsed(events: bytes) -> Iterator[tuple[str, bytes, int]]:
 
 def _event_error(name: str, data: bytes) -> EngineErrorReport | None:
     try:
-        value = _decode(data)
+        value = _decode_members(data)
     except _UNREADABLE:
         return EngineErrorReport(0, plain_text(data)) if name == "error" else None
     report = report_of(value)

@@ -31,6 +31,8 @@ MAX_HEAD_BYTES: Final = 64 * 1024
 """The largest status line and headers of a response, interim responses included; and the largest part of a
 response, once its body has begun, that is not body (chunk extensions, trailers)."""
 MAX_IDLE_PER_ENDPOINT: Final = 256
+JOINED_BYTES: Final = 64 * 1024
+"""A request with a longer body is sent in two pieces, so that the body is not copied."""
 _OWN_ERRORS: Final = frozenset({
     errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM,
 })  # fmt: skip
@@ -39,6 +41,10 @@ _OWN_LOOKUP_ERRORS: Final = frozenset({socket.EAI_MEMORY, socket.EAI_SYSTEM})
 
 
 _CODINGS: Final = frozenset({b"content-encoding", b"transfer-encoding"})
+
+
+WireRequest = bytes | tuple[bytes, bytes]
+"""The bytes of a whole request, in one piece or as head and body."""
 
 
 class UpstreamFailure(EngineError):
@@ -105,7 +111,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     # -- the relay's side ------------------------------------------------------------------------
 
-    def send(self, request: bytes) -> None:
+    def send(self, request: WireRequest) -> None:
         """Send the bytes of a whole request."""
         transport = self._transport
         if transport is None or self.closed:
@@ -120,7 +126,10 @@ class UpstreamConnection(asyncio.Protocol):
         self._unsupported = ""
         self._failure = None
         self._parser = httptools.HttpResponseParser(self)
-        transport.write(request)
+        if isinstance(request, tuple):
+            transport.writelines(request)
+        else:
+            transport.write(request)
 
     async def head(self) -> int:
         """Wait for the response's status and headers; returns the status."""
@@ -374,17 +383,19 @@ class UpstreamOrigin:
         self._idle: list[UpstreamConnection] = []
         self._closed = False
 
-    def request(self, method: str, path: str, identity: str, body: bytes) -> bytes:
+    def request(self, method: str, path: str, identity: str, body: bytes) -> WireRequest:
         """The bytes of a request; ``identity`` is :attr:`RequestContext.identity`, or any request id."""
         return self._request_to(f"{method} {self._prefix}{path}", identity, body)
 
-    def _request_to(self, start: str, identity: str, body: bytes) -> bytes:
+    def _request_to(self, start: str, identity: str, body: bytes) -> WireRequest:
         lengths = f"x-request-id: {identity}\r\ncontent-length: {len(body)}\r\n\r\n".encode("latin-1")
+        if len(body) > JOINED_BYTES:
+            return b"".join((start.encode("latin-1"), self._tail, lengths)), body
         return b"".join((start.encode("latin-1"), self._tail, lengths, body))
 
     def redirected(
         self, path: str, connection: UpstreamConnection, identity: str, body: bytes
-    ) -> tuple[UpstreamOrigin, str, bytes]:
+    ) -> tuple[UpstreamOrigin, str, WireRequest]:
         """Where the redirect leads that ``connection`` received for a POST to ``path``: the origin, the path
         for the next redirect, and the bytes of the request. Only 307 and 308 keep the method and the body.
         Raises :class:`UpstreamFailure` for a redirect that is not followed."""

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from controlplane.errors import RequestError
-from controlplane.http.limits import LARGE_BODY_BYTES, ReceivingBudget
+from controlplane.http.limits import LARGE_BODY_BYTES, ReceivingBudget, ServerLimits
 from controlplane.http.messages import Request, Responder
 from tests.support.http_server import serving
 from tests.support.waiting import loop_turns, until_async
@@ -82,3 +82,21 @@ async def test_large_bodies_behind_a_request_that_runs_wait_in_the_kernel() -> N
             assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
         assert seen == [1, *[size] * 5, 2]
         writer.close()
+
+
+async def test_responses_that_no_client_reads_are_bounded_together() -> None:
+    async def much(request: Request, out: Responder) -> None:
+        out.send(200, [], bytes(12_000_000 if request.path == "/most" else 6_000_000))
+
+    limits = ServerLimits(sweep_s=0.02, unsent_bytes=9_000_000)
+    async with serving(much, limits=limits) as (server, port):
+        clients = []
+        for path in ("/most", "/x"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1)
+            writer.write(post(1, path))
+            clients.append((reader, writer))
+        await until_async(lambda: len(server.connections) == 1)
+        (left,) = server.connections
+        assert 0 < left.unsent_bytes <= 6_000_200
+        for _, writer in clients:
+            writer.transport.abort()
