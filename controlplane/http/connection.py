@@ -335,7 +335,7 @@ class ClientConnection(asyncio.Protocol):
         if self._task is not None:
             self._ready.append((request, response))
             return
-        if method == "OPTIONS" or b"content-encoding" in headers:
+        if method == "OPTIONS" or b"content-encoding" in headers or self._body_bytes > LARGE_BODY_BYTES:
             rest = self._intake.handle(request, response)
         else:
             rest = self._intake.handler(request, response)  # all that ``handle`` does with other requests
