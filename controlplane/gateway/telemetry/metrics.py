@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Final, NamedTuple
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.registry import Collector
 
 from controlplane.core.admission.queue import AdmissionQueue
 from controlplane.core.cluster.snapshot import ClusterSnapshot
@@ -36,17 +37,61 @@ _TOO_LATE: Final = DeadlineExceeded.code
 _BREAKER_LEVELS: Final = {BreakerState.CLOSED: 0.0, BreakerState.HALF_OPEN: 0.5, BreakerState.OPEN: 1.0}
 
 
+class _Tally:
+    """A counter's series that nearly every request adds to: a plain number until the registry is read,
+    because each ``Counter.inc`` takes a lock and checks its arguments."""
+
+    __slots__ = ("_series", "_value")
+
+    def __init__(self, series: Counter) -> None:
+        self._series = series
+        self._value = 0.0
+
+    def add(self, amount: float) -> None:
+        """Add to the series; ``amount`` is not negative."""
+        self._value += amount
+
+    def flush(self) -> None:
+        """Bring the series up to date."""
+        if self._value:
+            value, self._value = self._value, 0.0
+            self._series.inc(value)
+
+
+class _Tallies(Collector):
+    """Registered before all metrics, so that reading the registry brings the counters up to date first."""
+
+    def __init__(self) -> None:
+        self._all: list[_Tally] = []
+
+    def of(self, series: Counter) -> _Tally:
+        """A tally for a series."""
+        tally = _Tally(series)
+        self._all.append(tally)
+        return tally
+
+    def describe(self) -> Iterable[Metric]:
+        """It has no metrics of its own."""
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        """It has no metrics of its own."""
+        for tally in self._all:
+            tally.flush()
+        return ()
+
+
 class _TierSeries(NamedTuple):
     """The labelled series of one tier, looked up once."""
 
     total_s: Histogram
     ttft_s: Histogram
-    prompt: Counter
-    generated: Counter
-    gpu_s: Counter
-    next_gpu_s: Counter
-    slo_judged: Counter
-    slo_missed: Counter
+    prompt: _Tally
+    generated: _Tally
+    gpu_s: _Tally
+    next_gpu_s: _Tally
+    slo_judged: _Tally
+    slo_missed: _Tally
 
 
 class Metrics:
@@ -55,6 +100,8 @@ class Metrics:
     def __init__(self, traffic: TrafficCounter | None = None) -> None:
         self.traffic = traffic
         self.registry = CollectorRegistry()
+        self._tallies = _Tallies()
+        self.registry.register(self._tallies)
         counter = partial(Counter, registry=self.registry)
         gauge = partial(Gauge, registry=self.registry)
         latency = partial(Histogram, buckets=LATENCY_BUCKETS_S, registry=self.registry)
@@ -213,7 +260,7 @@ class Metrics:
         (monotonic)."""
         self.request_log: RequestLog | None = None
         self._per_tier: dict[str, _TierSeries] = {}
-        self._outcomes: dict[tuple[str, RequestOutcome, str], Counter] = {}
+        self._outcomes: dict[tuple[str, RequestOutcome, str], _Tally] = {}
         for tier, target in traffic.slo_targets.items() if traffic is not None else ():
             self.slo_target.labels(tier).set(target)
 
@@ -251,15 +298,15 @@ class Metrics:
         if judged is not None:
             intended, missed = judged
             judging = self._series(intended)
-            judging.slo_judged.inc()
+            judging.slo_judged.add(1)
             if missed:
-                judging.slo_missed.inc()
+                judging.slo_missed.add(1)
         tier = context.tier
         key = (tier, outcome, reason)
-        counter = self._outcomes.get(key)
-        if counter is None:
-            counter = self._outcomes[key] = self.requests.labels(*key)
-        counter.inc()
+        tally = self._outcomes.get(key)
+        if tally is None:
+            tally = self._outcomes[key] = self._tallies.of(self.requests.labels(*key))
+        tally.add(1)
         if outcome is _OK:
             series = self._series(tier)
             series.total_s.observe(now_s - context.arrived_s)
@@ -274,24 +321,25 @@ class Metrics:
         if self.traffic is not None:
             self.traffic.used(context, tier, prompt, generated)
         series = self._series(tier)
-        series.prompt.inc(prompt)
-        series.generated.inc(generated)
-        series.gpu_s.inc(context.gpu_s)
+        series.prompt.add(prompt)
+        series.generated.add(generated)
+        series.gpu_s.add(context.gpu_s)
         if next_gpu_s is not None:
-            series.next_gpu_s.inc(next_gpu_s)
+            series.next_gpu_s.add(next_gpu_s)
 
     def _series(self, tier: str) -> _TierSeries:
         series = self._per_tier.get(tier)
         if series is None:
+            tally = self._tallies.of
             series = self._per_tier[tier] = _TierSeries(
                 self.total_s.labels(tier),
                 self.ttft_s.labels(tier),
-                self.tokens.labels(tier, "prompt"),
-                self.tokens.labels(tier, "generated"),
-                self.gpu_s.labels(tier),
-                self.next_tier_gpu_s.labels(tier),
-                self.slo_judged.labels(tier),
-                self.slo_missed.labels(tier),
+                tally(self.tokens.labels(tier, "prompt")),
+                tally(self.tokens.labels(tier, "generated")),
+                tally(self.gpu_s.labels(tier)),
+                tally(self.next_tier_gpu_s.labels(tier)),
+                tally(self.slo_judged.labels(tier)),
+                tally(self.slo_missed.labels(tier)),
             )
         return series
 

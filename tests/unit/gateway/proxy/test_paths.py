@@ -80,7 +80,8 @@ def ended(rig: Rig) -> float:
     """How many requests were counted as ended."""
     return sum(
         sample.value
-        for family in rig.gateway.metrics.requests.collect()
+        for family in rig.gateway.metrics.registry.collect()
+        if family.name == "tierplane_requests"
         for sample in family.samples
         if sample.name.endswith("_total")
     )
