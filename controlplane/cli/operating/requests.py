@@ -70,10 +70,7 @@ def command(
     with connected(address, namespace) as plane:
         found = plane.call(ControllerApi.requests, since_unix_s, slow, failed, tier, session, most)
     if as_json:
-        value = asdict(found)
-        for each in value["requests"]:
-            each["cost"] = each["gpu_s"] / 3600 * found.cost_per_gpu_hour if found.cost_per_gpu_hour else None
-        click.echo(json.dumps(value, indent=2))
+        _echo_json(found, "requests")
         return
     console = stdout()
     if found.requests:
@@ -110,15 +107,20 @@ def sessions(
     with connected(address, namespace) as plane:
         found = plane.call(ControllerApi.sessions, since_unix_s, SessionOrder(order), most)
     if as_json:
-        value = asdict(found)
-        for each in value["sessions"]:
-            each["cost"] = each["gpu_s"] / 3600 * found.cost_per_gpu_hour if found.cost_per_gpu_hour else None
-        click.echo(json.dumps(value, indent=2))
+        _echo_json(found, "sessions")
         return
     console = stdout()
     if found.sessions:
         console.print(sessions_table(found, time.time()))
     console.print(f"{found.count} session{'s' * (found.count != 1)}")
+
+
+def _echo_json(found: RequestsView | SessionsView, key: str) -> None:
+    """Print a view; each item of its member ``key`` gets its ``cost``, null if there is no price."""
+    value = asdict(found)
+    for each in value[key]:
+        each["cost"] = each["gpu_s"] / 3600 * found.cost_per_gpu_hour if found.cost_per_gpu_hour else None
+    click.echo(json.dumps(value, indent=2))
 
 
 def requests_table(found: RequestsView, unix_s: float) -> FittingTable:

@@ -18,6 +18,7 @@ from typing import Final
 
 from controlplane.core.domain.slo import Slo
 from controlplane.core.telemetry.series import FreshnessLimits, Signal, histogram_quantile, missing, signal_of
+from controlplane.core.traffic.gone_subjects import GoneSubjects
 
 LATENCY_BOUNDS_S: Final = (
     *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 60.0),
@@ -132,7 +133,7 @@ class TrafficLedger:
         """Gateway → subject → last reading."""
         self._reported_s: dict[str, float] = {}
         self._sum: dict[str, TrafficCounters] = {}
-        self._gone_s: dict[str, float] = {}
+        self._gone = GoneSubjects()
         """Subject that is gone → since when, in this order."""
 
     def observe(self, gateway_id: str, traffic: Iterable[TrafficCounters], now_s: float) -> None:
@@ -167,13 +168,8 @@ class TrafficLedger:
         """Drop the sums of all subjects except these and those that went less than :data:`KEEP_GONE_S` ago;
         of the latter at most :data:`MAX_GONE` stay."""
         gone = self._sum.keys() - set(subjects)
-        self._gone_s = {name: at_s for name, at_s in self._gone_s.items() if name in gone}
-        for name in sorted(gone - self._gone_s.keys()):
-            self._gone_s[name] = now_s
-        excess = len(self._gone_s) - MAX_GONE
-        for number, (name, at_s) in enumerate(list(self._gone_s.items())):
-            if number < excess or now_s - at_s >= KEEP_GONE_S:
-                del self._gone_s[name], self._sum[name]
+        for name in self._gone.take_expired(gone, now_s, keep_s=KEEP_GONE_S, most=MAX_GONE):
+            del self._sum[name]
 
     def knows(self, subject: str) -> bool:
         """Whether something was counted for the subject and not dropped since."""

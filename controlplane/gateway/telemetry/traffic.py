@@ -15,6 +15,7 @@ from controlplane.core.routing.dispatcher import QueuedRequest
 from controlplane.core.routing.endpoint_table import EndpointTable
 from controlplane.core.routing.tier_table import TierTable
 from controlplane.core.traffic.counters import COUNTS, LATENCY_BOUNDS_S, TrafficCounters, within_slo
+from controlplane.core.traffic.gone_subjects import GoneSubjects
 from controlplane.gateway.request_context import RequestContext
 
 LARGEST_SLOT_S: Final = 10.0
@@ -119,7 +120,7 @@ class TrafficCounter:
         self._names = [policy.name for policy in table.policies]
         self._tiers = {name: _SubjectCounts() for name in self._names}
         self._endpoints: dict[str, _SubjectCounts] = {}
-        self._gone_s: dict[str, float] = {}
+        self._gone = GoneSubjects()
         """Counted endpoint that is gone → since when, in this order."""
         self.on_asleep: Callable[[], None] = _do_nothing
         """Called when a request arrives for a tier without endpoints, at most every ``ASLEEP_INTERVAL_S``."""
@@ -216,10 +217,5 @@ class TrafficCounter:
 
     def _drop_gone(self, endpoint_table: EndpointTable, now_s: float) -> None:
         gone = self._endpoints.keys() - endpoint_table.by_endpoint_id.keys()
-        self._gone_s = {name: at_s for name, at_s in self._gone_s.items() if name in gone}
-        for name in sorted(gone - self._gone_s.keys()):
-            self._gone_s[name] = now_s
-        excess = len(self._gone_s) - MAX_GONE
-        for number, (name, at_s) in enumerate(list(self._gone_s.items())):
-            if number < excess or now_s - at_s >= KEEP_GONE_S:
-                del self._gone_s[name], self._endpoints[name]
+        for name in self._gone.take_expired(gone, now_s, keep_s=KEEP_GONE_S, most=MAX_GONE):
+            del self._endpoints[name]
