@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from controlplane.config.access import AdminConfig, AuthConfig, LimitsConfig
 from controlplane.config.addresses import (
     CollectorUrl,
     EnvName,
@@ -463,6 +464,12 @@ class GatewayConfig(Strict):
     off by default. An engine continues the traces with ``engine_args: {otlp-traces-endpoint: …}``."""
     traces_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Share of requests that are traced; if the client has started a trace, its sampling decision applies."""
+    auth: AuthConfig = AuthConfig()
+    """Who may use the gateway."""
+    admin: AdminConfig = AdminConfig()
+    """Where operators' routes are."""
+    limits: LimitsConfig = LimitsConfig()
+    """How keys' limits are shared by the gateway replicas."""
     queue: QueueConfig = QueueConfig()
     """The queue for requests that find all tiers full."""
     retry: RetryConfig = RetryConfig()

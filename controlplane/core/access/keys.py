@@ -1,0 +1,120 @@
+"""API keys as the controller stores them and gateways check them. The key itself is nowhere stored: only its
+SHA-256 digest is, which is enough for 256 random bits.
+
+A key is ``tp_<id>_<secret>``: the id is public and names the key in logs and lists, the secret has 256 bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from controlplane.core.access.roles import Role
+from controlplane.core.domain.request import Priority
+
+PREFIX: Final = "tp_"
+ID_BYTES: Final = 6
+SECRET_BYTES: Final = 32
+
+
+class BudgetUnit(StrEnum):
+    """What a budget counts."""
+
+    TOKENS = "tokens"
+    """Prompt and generated tokens together."""
+    MONEY = "money"
+    """In the currency of ``controller.scaling.cost_per_gpu_hour``."""
+    GPU_SECONDS = "gpu_seconds"
+
+
+class BudgetPeriod(StrEnum):
+    """When a budget begins anew: with the day or the month of the calendar, in UTC."""
+
+    DAY = "day"
+    MONTH = "month"
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """The most that may be used in one period."""
+
+    unit: BudgetUnit
+    amount: float
+    period: BudgetPeriod
+
+
+@dataclass(frozen=True, slots=True)
+class KeyLimits:
+    """Limits of one key; None: no limit."""
+
+    requests_per_minute: int | None = None
+    """In any 60 seconds."""
+    tokens_per_minute: int | None = None
+    """Prompt and generated tokens together, in any 60 seconds."""
+    concurrent_requests: int | None = None
+    budgets: tuple[Budget, ...] = ()
+
+
+NO_LIMITS: Final = KeyLimits()
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRecord:
+    """One key without its secret."""
+
+    key_id: str
+    digest: str
+    """SHA-256 of the key, in hexadecimal."""
+    name: str
+    team: str = ""
+    role: Role = Role.CLIENT
+    tiers: tuple[str, ...] = ()
+    """The tiers that may serve its requests; empty: all."""
+    models: tuple[str, ...] = ()
+    """The models that it may ask for by name; empty: all."""
+    limits: KeyLimits = NO_LIMITS
+    max_priority: Priority = Priority.NORMAL
+    """The highest priority of its requests."""
+    created_unix_s: float = 0.0
+    created_by: str = ""
+    expires_unix_s: float | None = None
+    revoked_unix_s: float | None = None
+    labels: tuple[tuple[str, str], ...] = ()
+    previous_digest: str = ""
+    """The digest from before the last rotation, valid until ``previous_until_unix_s``."""
+    previous_until_unix_s: float = 0.0
+
+    def problem(self, digest: str, unix_s: float) -> str:
+        """Why a key with this digest, which is one of this record's, is not valid now; empty if it is."""
+        if self.revoked_unix_s is not None:
+            return "the key was revoked"
+        if self.expires_unix_s is not None and unix_s >= self.expires_unix_s:
+            return "the key has expired"
+        if digest != self.digest and unix_s >= self.previous_until_unix_s:
+            return "the key was replaced by a rotation"
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyTable:
+    """Every key, as gateways get it from the controller."""
+
+    version: str
+    """A hash of the content; empty if the keys are not known, for example because the store can't be read.
+    A gateway then goes on with the table that it has."""
+    records: tuple[KeyRecord, ...] = ()
+
+
+UNKNOWN_KEYS: Final = KeyTable("")
+
+
+def digest_of(key: str | bytes) -> str:
+    """The digest of a key."""
+    return hashlib.sha256(key.encode() if isinstance(key, str) else key).hexdigest()
+
+
+def make_key(key_id: str, secret: str) -> str:
+    """The key of this id and secret."""
+    return f"{PREFIX}{key_id}_{secret}"
