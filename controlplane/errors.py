@@ -10,7 +10,8 @@
     ├── ControllerUnavailable      the controller can't be reached now; Ray restarts it
     └── RequestError               returned to a client as OpenAI-shaped JSON
         ├── BadRequest             400
-        ├── Forbidden              403, for a browser's page or a host name that is not allowed
+        ├── Unauthorized           401
+        ├── Forbidden              403
         ├── UnknownModel           404
         ├── UnknownRoute           404
         ├── WrongMethod            405
@@ -25,6 +26,7 @@
         ├── EndpointLost           502
         ├── NoEndpoint             503, with Retry-After
         ├── GatewayExhausted       503, with Retry-After
+        ├── KeysUnknown            503, with Retry-After
         └── ControllerUnreachable  503, with Retry-After; for operators' pages only, never for inference
 
 An infeasible placement, a full queue and a recommendation to do nothing are values, not errors.
@@ -134,12 +136,26 @@ class BadRequest(RequestError):
     code = "bad_request"
 
 
+class Unauthorized(RequestError):
+    """The request has no valid API key or token (401)."""
+
+    status = 401
+    kind = "authentication_error"
+    code = "invalid_api_key"
+
+
 class Forbidden(RequestError):
-    """A request that a page on another site, or one that has taken over a host name, may have sent (403)."""
+    """The request is not allowed (403): its key may not do this, or a page on another site, or one that has
+    taken over a host name, may have sent it."""
 
     status = 403
     kind = "permission_error"
     code = "forbidden"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str = "") -> None:
+        super().__init__(message, param=param)
+        if code:
+            self.code = code
 
 
 class UnknownModel(RequestError):
@@ -280,6 +296,14 @@ class GatewayExhausted(RequestError):
     status = 503
     kind = "server_error"
     code = "gateway_exhausted"
+
+
+class KeysUnknown(RequestError):
+    """This gateway has not yet learned the API keys from the controller (503)."""
+
+    status = 503
+    kind = "server_error"
+    code = "keys_unknown"
 
 
 class ControllerUnreachable(RequestError):

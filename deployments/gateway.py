@@ -19,7 +19,13 @@ from ray import serve
 from controlplane import logs
 from controlplane.config import PlaneConfig
 from controlplane.controller.api import ControllerApi
-from controlplane.controller.client import ControllerLink, RemoteController, pull_snapshots, report_gateway
+from controlplane.controller.client import (
+    ControllerLink,
+    RemoteController,
+    pull_keys,
+    pull_snapshots,
+    report_gateway,
+)
 from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.gateway.gateway import Gateway
@@ -65,6 +71,7 @@ class GatewayReplica:
         ignore_trailers()  # Serve starts the ingress of this replica after its constructor
         self._gateway = Gateway(config, self._id)
         self._report_now = asyncio.Event()
+        self._keys_changed = asyncio.Event()
         # A request for a tier that is scaled to zero has to be reported to the controller at once.
         self._gateway.traffic.on_asleep = self._report_now.set
         if config.gateway.traces_endpoint:
@@ -79,6 +86,7 @@ class GatewayReplica:
         self._gateway.controller = RemoteController(self._link)
         self._tasks = BackgroundTasks(
             pull_snapshots(self._link, self._apply),
+            pull_keys(self._link, self._keys_changed, self._gateway.apply_keys),
             watch_engines(self._gateway),
             watch_nodes(self._gateway),
             mirror_metrics(self._gateway),
@@ -110,6 +118,8 @@ class GatewayReplica:
 
     def _apply(self, snapshot: ClusterSnapshot) -> None:
         self._gateway.apply(snapshot)
+        if self._gateway.needs_keys(snapshot):
+            self._keys_changed.set()
         if self._drains():
             self._report_now.set()
 

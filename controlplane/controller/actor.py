@@ -33,6 +33,7 @@ from controlplane.controller.alerting import Alerting
 from controlplane.controller.api import ControllerApi, R
 from controlplane.controller.controller import GC_THRESHOLDS, Controller, ControllerRules
 from controlplane.controller.handle import CONTROLLER_NAME, ControllerHandle
+from controlplane.controller.keys import KeyRegistry, KeyRequest, KeyResponse, local_operator
 from controlplane.controller.loops import SCALING, ControlLoops
 from controlplane.controller.node_watch import NodeWatch
 from controlplane.controller.ray_cordons import release_all_gpus
@@ -41,6 +42,7 @@ from controlplane.controller.registry import WARMING_REPORTS, Registry
 from controlplane.controller.reports import Reports
 from controlplane.controller.saved_state import SavedState, stored_last_events
 from controlplane.controller.scaling import PlaneScaler
+from controlplane.core.access.keys import KeyRecord, KeyTable
 from controlplane.core.alerts.views import AlertsResponse
 from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
@@ -52,7 +54,12 @@ from controlplane.core.gpus.node_views import NodeView
 from controlplane.core.gpus.views import GpuView
 from controlplane.core.placement.gangs import GangShape
 from controlplane.core.recommendations.views import ScalingReport
-from controlplane.core.reconcile.commands import ActionResponse, ReportResponse, StartPermission
+from controlplane.core.reconcile.commands import (
+    ActionOutcome,
+    ActionResponse,
+    ReportResponse,
+    StartPermission,
+)
 from controlplane.core.reconcile.migrations import Activity
 from controlplane.core.reconcile.reconcile import ReconcileRules
 from controlplane.core.reconcile.replica_targets import TierTarget
@@ -117,6 +124,11 @@ class ControllerActor:
             self._controller.observe_node,
             stored_last_events(self._recorder),
         )
+        self._keys = KeyRegistry(time.time, self._note_key)
+        try:
+            self._keys.add_fixed([local_operator(run_dir(), time.time())])
+        except OSError as error:
+            log.warning("the key for commands on this machine can't be written", error=str(error))
         self._saved = SavedState(
             self._recorder,
             registry=self._registry,
@@ -124,6 +136,7 @@ class ControllerActor:
             scaler=self._scaler,
             alerting=self._alerting,
             nodes=nodes,
+            keys=self._keys,
         )
         self._saved.restore_gpus()
         self._new_snapshot = asyncio.Event()
@@ -275,6 +288,28 @@ class ControllerActor:
         """See :meth:`Alerting.unsilence`."""
         return self._committed(self._alerting.unsilence(number, by))
 
+    # --- keys -----------------------------------------------------------------------------------------------
+
+    async def create_key(self, request: KeyRequest, by: str) -> KeyResponse:
+        """See :meth:`KeyRegistry.create`."""
+        return await self._stored(self._keys.create(request, by))
+
+    async def revoke_key(self, subject: str, by: str) -> KeyResponse:
+        """See :meth:`KeyRegistry.revoke`."""
+        return await self._stored(self._keys.revoke(subject, by))
+
+    async def rotate_key(self, subject: str, grace_s: float, by: str) -> KeyResponse:
+        """See :meth:`KeyRegistry.rotate`."""
+        return await self._stored(self._keys.rotate(subject, grace_s, by))
+
+    async def keys(self) -> tuple[KeyRecord, ...]:
+        """See :attr:`KeyRegistry.records`."""
+        return self._keys.records
+
+    async def key_table(self) -> KeyTable:
+        """See :attr:`KeyRegistry.table`."""
+        return self._keys.table
+
     # --- queries --------------------------------------------------------------------------------------------
 
     async def status(self) -> tuple[ClusterSnapshot, tuple[TierSpec, ...], tuple[Event, ...]]:
@@ -356,8 +391,20 @@ class ControllerActor:
         self._saved.save_if_changed()
         return response
 
+    async def _stored(self, response: KeyResponse) -> KeyResponse:
+        """``response``, after the change that led to it was written to the store, and gateways were told."""
+        await asyncio.to_thread(self._recorder.put_records, self._keys.take_unsaved())
+        self._changed()
+        if response.outcome is ActionOutcome.DONE and self._recorder.warning:
+            return replace(response, reason=f"{response.reason}, but not stored: {self._recorder.warning}")
+        return response
+
+    def _note_key(self, kind: str, subject: str, reason: str, by: str) -> None:
+        self._registry.note(kind, subject, reason, actor=by)
+
     def _changed(self) -> None:
         """Record new events, and answer the long polls if there is a new snapshot."""
+        self._registry.publish_keys(self._keys.table.version)
         self._saved.record_events()
         if self._registry.version != self._version:
             self._version = self._registry.version

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar
 
+from controlplane.controller.keys import KeyRequest, KeyResponse
+from controlplane.core.access.keys import KeyRecord, KeyTable
 from controlplane.core.alerts.views import AlertsResponse
 from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
@@ -143,6 +145,28 @@ class ControllerApi(Protocol):
 
     async def unsilence_alerts(self, number: int, by: str) -> ActionResponse:
         """End a silence."""
+        ...
+
+    # --- keys -----------------------------------------------------------------------------------------------
+
+    async def create_key(self, request: KeyRequest, by: str) -> KeyResponse:
+        """Create an API key; ``by`` is who does, for the audit log. The key is in the response only."""
+        ...
+
+    async def revoke_key(self, subject: str, by: str) -> KeyResponse:
+        """Make a key invalid, everywhere with the next snapshot; ``subject`` is its id or name."""
+        ...
+
+    async def rotate_key(self, subject: str, grace_s: float, by: str) -> KeyResponse:
+        """Give a key a new secret; the old one stays valid for ``grace_s`` seconds."""
+        ...
+
+    async def keys(self) -> tuple[KeyRecord, ...]:
+        """Every key without its secret, oldest first."""
+        ...
+
+    async def key_table(self) -> KeyTable:
+        """The keys for gateways, which get it when ``keys_version`` of the snapshot changes."""
         ...
 
     # --- queries --------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from controlplane.config import ControllerConfig
 from controlplane.controller.actor import get_or_create_controller
 from controlplane.controller.api import ControllerApi, Method, P, R
 from controlplane.controller.handle import ControllerHandle
+from controlplane.core.access.keys import KeyTable
 from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo
 from controlplane.core.cluster.tier_spec import TierSpec
 from controlplane.core.domain.endpoint import Endpoint
@@ -230,6 +231,20 @@ async def pull_snapshots(link: ControllerLink, apply: Callable[[ClusterSnapshot]
 
     while True:
         await _until_reached("snapshot", pull)
+
+
+async def pull_keys(
+    link: ControllerLink, changed: asyncio.Event, apply: Callable[[KeyTable], None]
+) -> NoReturn:
+    """Pass the API keys to ``apply`` whenever ``changed`` is set, until cancelled."""
+
+    async def pull() -> None:
+        changed.clear()
+        apply(await link.call(ControllerApi.key_table))
+
+    while True:
+        await changed.wait()
+        await _until_reached("key_table", pull)
 
 
 async def _until_reached(what: str, attempt: Callable[[], Awaitable[None]]) -> None:

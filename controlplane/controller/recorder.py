@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import structlog
 
@@ -36,13 +36,21 @@ RETRY_POLL_S = 2.0
 CLOSE_TIMEOUT_S = 5.0
 
 
+RECORDS: Final = ("key/", "spent/")
+"""Prefixes of values that are no part of the controller's state: each is written by itself, at once, and
+belongs to the plane whatever the cluster."""
+
+
 class Recorder:
     """One store and the thread that writes to it. With ``path`` None everything is in memory only."""
 
     def __init__(self, path: Path | None) -> None:
         self.store = Store(path)
-        self.state: Mapping[str, Any] = self.store.values()
+        values = self.store.values()
+        self.state: Mapping[str, Any] = {key: values[key] for key in values if not _is_record(key)}
         """The last saved state, written or queued."""
+        self.records: Mapping[str, Any] = {key: values[key] for key in values if _is_record(key)}
+        """The records that were stored when this began."""
         self._aside = {key: unix_s for key, unix_s, *_ in self.store.aside()}
         """When a value was last put aside, by key."""
         self._queue: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
@@ -71,6 +79,12 @@ class Recorder:
             self.state = dict(values)
             self._queue.put(partial(self.store.put, changed))
 
+    def put_records(self, values: Mapping[str, Any]) -> None:
+        """Write records, which :meth:`save` leaves as they are. Blocks until they are stored; afterwards
+        :attr:`warning` says whether they would survive a restart."""
+        if values:
+            self.store.put(values)
+
     @property
     def unreadable(self) -> tuple[str, ...]:
         """Keys of values that were put aside within :data:`ASIDE_SHOWN_S`."""
@@ -91,8 +105,9 @@ class Recorder:
         """See :meth:`Store.take_found_late`. The next :meth:`save` removes what is not in it from the
         file."""
         found = self.store.take_found_late()
-        if found:
-            self.state = {**found, **self.state}
+        state = {key: found[key] for key in found if not _is_record(key)}
+        if state:
+            self.state = {**state, **self.state}
         return found
 
     def add_events(self, events: Sequence[Event]) -> None:
@@ -160,3 +175,7 @@ class Recorder:
             except Exception as error:
                 # No error here may stop the controller; the log shows what was not written.
                 log.critical("could not be stored", write=repr(write)[:500], error=repr(error))
+
+
+def _is_record(key: str) -> bool:
+    return key.startswith(RECORDS)

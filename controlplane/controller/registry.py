@@ -74,6 +74,7 @@ class Registry:
         self._gone: deque[str] = deque(maxlen=MAX_GONE)
         self._notes: tuple[TierNote, ...] = ()
         self._silent: tuple[tuple[str, float], ...] = ()
+        self._keys_version = ""
         self._living: set[str] = set()
         """Endpoint and gateway ids whose processes Ray has listed."""
         self._alerts: tuple[FiringAlert, ...] = ()
@@ -105,6 +106,12 @@ class Registry:
         """Set what snapshots say about firing alerts, and about the replicas that each tier should have."""
         if (alerts, due) != (self._alerts, self._due):
             self._alerts, self._due = alerts, due
+            self._changed()
+
+    def publish_keys(self, version: str) -> None:
+        """Set what snapshots say about the version of the API keys."""
+        if version != self._keys_version:
+            self._keys_version = version
             self._changed()
 
     def publish_notes(self, notes: tuple[TierNote, ...]) -> None:
@@ -281,6 +288,7 @@ class Registry:
             due=self._due,
             notes=self._notes,
             silent=self._silent,
+            keys_version=self._keys_version,
         )
 
     def note(

@@ -10,6 +10,7 @@ import structlog
 
 from controlplane.controller.alerting import Alerting
 from controlplane.controller.controller import Controller
+from controlplane.controller.keys import KeyRegistry
 from controlplane.controller.node_watch import NodeWatch
 from controlplane.controller.recorder import Recorder
 from controlplane.controller.registry import Registry
@@ -39,6 +40,7 @@ class SavedState:
         scaler: PlaneScaler,
         alerting: Alerting,
         nodes: NodeWatch,
+        keys: KeyRegistry,
     ) -> None:
         self._recorder = recorder
         self._registry = registry
@@ -46,6 +48,7 @@ class SavedState:
         self._scaler = scaler
         self._alerting = alerting
         self._nodes = nodes
+        self._keys = keys
         self._node_ids: Collection[str] | None = None
         self._has_new_events = True
         """Whether an event was recorded since the last save."""
@@ -56,7 +59,10 @@ class SavedState:
         return self._node_ids is not None
 
     def restore_gpus(self) -> None:
-        """Restore the health of GPUs, which is valid on any cluster that contains them."""
+        """Restore what is valid on any cluster: API keys, unless the store can't be read now, and the health
+        of GPUs."""
+        if not self._recorder.warning:
+            self._restore(StoredState(self._recorder.records), [self._keys.restore])
         stored = StoredState(self._recorder.state)
         for key, kind in ((_CLUSTER, list[str]), (_LAST_EVENTS, dict[str, tuple[str, int]])):
             stored.value(key, kind)
@@ -91,6 +97,8 @@ class SavedState:
         it has was decided anew in the meantime."""
         mine = self._recorder.state.keys()
         found = self._recorder.take_found_late()
+        if found:
+            self._restore(StoredState(found), [self._keys.restore])
         orders = {key: value for key, value in found.items() if key.startswith(_ORDERS) and key not in mine}
         if self._node_ids is None or not orders:
             return

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from controlplane.config import PlaneConfig
+from controlplane.core.access.keys import KeyTable
+from controlplane.core.access.roles import Permission
 from controlplane.core.admission.queue import AdmissionQueue, AdmissionSettings
 from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo, merge
 from controlplane.core.domain.endpoint import Endpoint
@@ -28,7 +30,8 @@ from controlplane.core.routing.dispatcher import Dispatcher
 from controlplane.core.routing.endpoint_table import EndpointTable, LoadSettings
 from controlplane.core.routing.tier_table import Api
 from controlplane.engines.context import context_tokens
-from controlplane.errors import EngineRefused, RequestError, UnknownRoute, WrongMethod, shown
+from controlplane.errors import EngineRefused, Forbidden, RequestError, UnknownRoute, WrongMethod, shown
+from controlplane.gateway.access.authentication import Authenticator, challenge
 from controlplane.gateway.api import agents, operator_queries, pages, report_page, responses, ui
 from controlplane.gateway.api.alert_page import alerts
 from controlplane.gateway.api.controller_queries import ControllerQueries, query_controller
@@ -64,6 +67,7 @@ log = structlog.stdlib.get_logger(__name__)
 
 ONE_MODEL: Final = "/v1/models/{id}"
 _MODELS: Final = "/v1/models/"
+METRICS: Final = "/metrics"
 _SUMMARIES: Final = {
     "/v1/chat/completions": "OpenAI's chat completions",
     "/v1/completions": "OpenAI's completions",
@@ -129,38 +133,68 @@ class Gateway:
         self.port = 0
         """The shared port; 0 until :meth:`start` opens it."""
         self._ticker: asyncio.Task[None] | None = None
+        self.authenticator = Authenticator() if settings.auth.enabled else None
+        """None while no keys are required."""
+        key, infer, read = Permission.KEY, Permission.INFER, Permission.READ
+        public = Permission.PUBLIC
         self.routes = [
             *(
                 GatewayRoute(
-                    "POST", path, _SUMMARIES[path], self._responses if api == "responses" else self._infer
+                    "POST",
+                    path,
+                    _SUMMARIES[path],
+                    self._responses if api == "responses" else self._infer,
+                    infer,
                 )
                 for path, api in APIS.items()
             ),
-            GatewayRoute("GET", "/v1/models", "auto, the tiers and the models behind them", self._models),
-            GatewayRoute("GET", ONE_MODEL, "one of them", self._model),
-            GatewayRoute("POST", "/v1/route", "where a request would go and why; not sent", self._explain),
-            GatewayRoute("POST", "/chat", "one message, one answer", self._chat),
-            GatewayRoute("POST", "/batch", "a list of such messages", self._batch),
-            GatewayRoute("GET", "/", "what is here; browsers are sent to /ui", self._root),
-            GatewayRoute("GET", "/health", "healthy, degraded or unhealthy, by tier", self._health),
-            GatewayRoute("GET", "/health/live", "200 while the gateway runs", self._live),
-            GatewayRoute("GET", "/health/ready", "200 if any endpoint is ready, else 503", self._ready),
-            GatewayRoute("GET", "/metrics", "Prometheus metrics of all gateway replicas", self._metrics),
-            GatewayRoute("GET", "/status", "endpoints and gateways", self._status),
-            GatewayRoute("GET", "/usage", "tokens and GPU time by tier or session", self._usage),
-            GatewayRoute("GET", "/alerts", "firing alerts", self._alerts),
-            GatewayRoute("GET", "/gpus", "each GPU, its health and its holders", self._gpus),
-            GatewayRoute("GET", "/nodes", "each node: CPUs, memory and disks", self._nodes),
             GatewayRoute(
-                "GET", "/recommendations", "targets of tiers, and recommendations", self._recommendations
+                "GET",
+                "/v1/models",
+                "auto, the tiers and the models behind them",
+                self._models,
+                key,
             ),
-            GatewayRoute("GET", "/report", "a report on a window of time", self._report),
-            GatewayRoute("GET", "/ui", "the plane in a browser", self._ui),
+            GatewayRoute("GET", ONE_MODEL, "one of them", self._model, key),
+            GatewayRoute(
+                "POST",
+                "/v1/route",
+                "where a request would go and why; not sent",
+                self._explain,
+                infer,
+            ),
+            GatewayRoute("POST", "/chat", "one message, one answer", self._chat, infer),
+            GatewayRoute("POST", "/batch", "a list of such messages", self._batch, infer),
+            GatewayRoute("GET", "/", "what is here; browsers are sent to /ui", self._root, key),
+            GatewayRoute("GET", "/health", "healthy, degraded or unhealthy, by tier", self._health, key),
+            GatewayRoute("GET", "/health/live", "200 while the gateway runs", self._live, public),
+            GatewayRoute(
+                "GET",
+                "/health/ready",
+                "200 if any endpoint is ready, else 503",
+                self._ready,
+                public,
+            ),
+            GatewayRoute("GET", METRICS, "Prometheus metrics of all gateway replicas", self._metrics, read),
+            GatewayRoute("GET", "/status", "endpoints and gateways", self._status, read),
+            GatewayRoute("GET", "/usage", "tokens and GPU time by tier or session", self._usage, key),
+            GatewayRoute("GET", "/alerts", "firing alerts", self._alerts, read),
+            GatewayRoute("GET", "/gpus", "each GPU, its health and its holders", self._gpus, read),
+            GatewayRoute("GET", "/nodes", "each node: CPUs, memory and disks", self._nodes, read),
+            GatewayRoute(
+                "GET",
+                "/recommendations",
+                "targets of tiers, and recommendations",
+                self._recommendations,
+                read,
+            ),
+            GatewayRoute("GET", "/report", "a report on a window of time", self._report, read),
+            GatewayRoute("GET", "/ui", "the plane in a browser", self._ui, read),
             *(
-                GatewayRoute("GET", f"{operator_queries.PREFIX}{name}", summary, self._plane)
+                GatewayRoute("GET", f"{operator_queries.PREFIX}{name}", summary, self._plane, read)
                 for name, summary in operator_queries.SUMMARIES.items()
             ),
-            GatewayRoute("GET", "/openapi.json", "this description of the routes", self._openapi),
+            GatewayRoute("GET", "/openapi.json", "this description of the routes", self._openapi, key),
         ]
         """Every route; the documentation and ``/openapi.json`` list them."""
         self._route_of = {route.path: route for route in self.routes}
@@ -214,6 +248,16 @@ class Gateway:
         self.endpoint_table.apply_snapshot(merged, self.gateway_id)
         self._connections.prune(self.endpoint_table)
         self._dispatch.on_snapshot()
+
+    def needs_keys(self, snapshot: ClusterSnapshot) -> bool:
+        """Whether the API keys that belong to this snapshot are others than those in use."""
+        known = self.authenticator.version if self.authenticator is not None else snapshot.keys_version
+        return snapshot.keys_version not in ("", known)
+
+    def apply_keys(self, table: KeyTable) -> None:
+        """Accept these API keys from now on."""
+        if self.authenticator is not None:
+            self.authenticator.apply(table)
 
     def ready_endpoints(self) -> list[Endpoint]:
         """The endpoints that take requests now."""
@@ -270,6 +314,8 @@ class Gateway:
         """Answer any request. Errors become responses; only cancellation is raised."""
         route = self._route_of.get(request.path)
         try:
+            if self.authenticator is not None:
+                self._authorize(self.authenticator, request, route)
             if route is None:
                 route = self._other_route(request.path)
             method = route.method
@@ -279,12 +325,29 @@ class Gateway:
                 )
             await route.handle(request, out)
         except RequestError as error:
-            headers = [(b"x-request-id", self._request_id(request).encode())]
+            headers = [(b"x-request-id", self._request_id(request).encode()), *challenge(error)]
             if isinstance(error, WrongMethod):
                 headers.append((b"allow", error.allow.encode()))
             send_error(out, error, headers, request.path)
         except Exception:
             _internal_error(request, out, self._request_id(request))
+
+    def _authorize(self, authenticator: Authenticator, request: Request, route: GatewayRoute | None) -> None:
+        """Set who the request comes from. Raises :class:`Unauthorized`, :class:`Forbidden` and
+        :class:`KeysUnknown`. For paths that do not exist, any key will do."""
+        permission = Permission.KEY if route is None else route.permission
+        if permission is Permission.PUBLIC or (
+            request.path == METRICS and self.config.gateway.auth.open_metrics
+        ):
+            return
+        principal = authenticator.principal(request.headers)
+        if not principal.role.allows(permission):
+            raise Forbidden(
+                f"a key of role {principal.role} may not use {shown(request.path)}, which needs the "
+                f"permission '{permission}'",
+                code="insufficient_permission",
+            )
+        request.principal = principal
 
     def _other_route(self, path: str) -> GatewayRoute:
         """The route of a path with a variable part. Raises :class:`UnknownRoute`."""
@@ -297,6 +360,8 @@ class Gateway:
     async def _infer(self, request: Request, out: Responder) -> None:
         request_id = self._request_id(request)
         now_s = monotonic()
+        if self.authenticator is not None and request.principal is None:
+            raise RuntimeError("a request reached an engine's route without having been authorized")
         try:
             context = RequestContext(request, request_id, now_s, self.config.gateway.request_timeout_s)
         except RequestError as error:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import zlib
 from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
 
+from controlplane.core.access.principal import ANONYMOUS
 from controlplane.core.domain.request import Complexity, Priority
 from controlplane.core.routing.endpoint_table import EndpointLoad
 from controlplane.core.routing.router import RouteDecision
-from controlplane.core.routing.tier_table import AUTO, Api, Route, RouteRequest
+from controlplane.core.routing.tier_table import AUTO, Api, Route, RouteRequest, TierAccess
 from controlplane.errors import BadRequest, shown
 from controlplane.gateway.request_body import (
-    MAX_NAME_CHARS,
     Metadata,
     checked_name,
     parse,
@@ -44,6 +43,8 @@ RESUME_KINDS: Final[dict[Api, StreamKind]] = {Api.CHAT: "chat", Api.COMPLETIONS:
 _COMPLEXITIES: Final = {str(complexity): complexity for complexity in Complexity}
 _PRIORITIES: Final = {str(priority): priority for priority in Priority}
 _TRUE: Final = msgspec.Raw(b"true")
+_LOW: Final = Priority.LOW
+_NORMAL: Final = Priority.NORMAL
 _HINT_HEADERS: Final = frozenset(
     {b"x-session-id", b"x-complexity", b"x-agent-type", b"x-min-tier", b"x-priority"}
 )
@@ -59,9 +60,9 @@ class RequestContext:
     __slots__ = (
         "accusations", "api", "arrived_s", "attempts", "body", "caller", "comments_s", "deadline_s",
         "decision", "fields",
-        "first_byte_s", "generated_tokens", "gpu_s", "identity", "losses", "path", "prompt_tokens",
-        "queued_s", "refused", "request", "request_id", "resumed", "route", "session", "span", "stream",
-        "tried",
+        "first_byte_s", "generated_tokens", "gpu_s", "identity", "losses", "path", "principal",
+        "prompt_tokens", "queued_s", "refused", "request", "request_id", "resumed", "route", "session",
+        "span", "stream", "tried",
     )  # fmt: skip
 
     def __init__(self, request: Request, request_id: str, now_s: float, default_timeout_s: float) -> None:
@@ -86,13 +87,21 @@ class RequestContext:
         headers = request.headers
         self.comments_s = _comments_s(request) if b"x-stream-comments" in headers else None
         """How often comments are sent while its stream waits; 0 for never, None if the client did not say."""
-        self.caller = _caller(request.header(b"authorization")) if b"authorization" in headers else ""
+        principal = self.principal = request.principal or ANONYMOUS
+        self.caller = principal.team or principal.id
+        """Among whom a full tier's slots are shared fairly."""
         hints = fields.metadata
         model = checked_name(fields.model, "model") if fields.model else AUTO
         models = fields.model_names() if fields.models else ()
         session = ""
         if hints is None and _HINT_HEADERS.isdisjoint(headers):  # the usual case
-            self.request = RouteRequest(model, models, api=self.api, prefix_key=fields.affinity_key())
+            self.request = RouteRequest(
+                model,
+                models,
+                priority=_NORMAL if principal.max_priority is not _LOW else _LOW,
+                api=self.api,
+                prefix_key=fields.affinity_key(),
+            )
         else:
             session = _text(request, hints, b"x-session-id", "session_id")
             self.request = RouteRequest(
@@ -101,11 +110,14 @@ class RequestContext:
                 complexity=_one_of(request, hints, b"x-complexity", "complexity", _COMPLEXITIES),
                 agent_type=_text(request, hints, b"x-agent-type", "agent_type") or None,
                 min_tier=_text(request, hints, b"x-min-tier", "min_tier") or None,
-                priority=_one_of(request, hints, b"x-priority", "priority", _PRIORITIES) or Priority.NORMAL,
+                priority=principal.priority(_one_of(request, hints, b"x-priority", "priority", _PRIORITIES)),
                 api=self.api,
-                session_key=_hash(session) if session else None,
+                session_key=_hash(f"{self.caller}/{session}") if session else None,
                 prefix_key=None if session else fields.affinity_key(),
             )
+        if principal.restricted:
+            access = TierAccess(principal.tiers, principal.models)
+            self.request = self.request._replace(access=access)
         self.session = session
         self.route: Route | None = None
         """The tiers that may serve the request; None until they are resolved."""
@@ -158,18 +170,13 @@ class RequestContext:
 
 def route_request(request: Request) -> RouteRequest:
     """The routing parameters of a request, for ``POST /v1/route``."""
-    path = "/v1/chat/completions"
-    made = RequestContext(Request("POST", path, "", request.headers, request.body), "", 0.0, 1.0).request
+    asked = request.derived("/v1/chat/completions", request.headers, request.body)
+    made = RequestContext(asked, "", 0.0, 1.0).request
     return made._replace(inputs=inputs_of(request.body))
 
 
 def _hash(session: str) -> int:
     return zlib.crc32(session.encode())
-
-
-def _caller(key: str) -> str:
-    """What tells one caller from another: the key that it sent, or the digest of a long one."""
-    return key if len(key) <= MAX_NAME_CHARS else hashlib.sha256(key.encode()).hexdigest()
 
 
 def _text(request: Request, hints: Metadata | None, header: bytes, member: str) -> str:

@@ -107,11 +107,10 @@ class AccessRules:
             return None
         if self._loopback_only and _is_private(name):
             return None
-        error = Forbidden(
-            f"requests for the host '{name[:100]}' are refused: add it to gateway.allowed_hosts"
+        return Forbidden(
+            f"requests for the host '{name[:100]}' are refused: add it to gateway.allowed_hosts",
+            code="forbidden_host",
         )
-        error.code = "forbidden_host"
-        return error
 
     def _origin_refusal(
         self, method: str, headers: Mapping[bytes, bytes], host: bytes

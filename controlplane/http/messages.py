@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
+from controlplane.core.access.principal import Principal
 from controlplane.errors import PayloadTooLarge, RequestError
 
 Headers = list[tuple[bytes, bytes]]
@@ -43,9 +44,10 @@ _BLANKS: Final = bytes(32 if i in _CONTROLS else i for i in range(256))
 
 class Request:
     """One complete request. ``path`` is without percent-encoding. Names in ``headers`` are in lower case,
-    values without blanks around them; a repeated header has its last value."""
+    values without blanks around them; a repeated header has its last value. ``principal`` is who it comes
+    from; None until that was verified."""
 
-    __slots__ = ("body", "headers", "method", "path", "query")
+    __slots__ = ("body", "headers", "method", "path", "principal", "query")
 
     def __init__(
         self, method: str, path: str, query: str, headers: Mapping[bytes, bytes], body: bytes
@@ -55,6 +57,13 @@ class Request:
         self.query = query
         self.headers = headers
         self.body = body
+        self.principal: Principal | None = None
+
+    def derived(self, path: str, headers: Mapping[bytes, bytes], body: bytes) -> Request:
+        """A ``POST`` that is made on behalf of this request."""
+        made = Request("POST", path, "", headers, body)
+        made.principal = self.principal
+        return made
 
     def header(self, name: bytes) -> str:
         """A header's value, or ``""``."""

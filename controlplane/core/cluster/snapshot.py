@@ -101,6 +101,8 @@ class ClusterSnapshot:
     """Tiers that are drained, held, starting for the first time, or scaled to zero."""
     silent: tuple[tuple[str, float], ...] = ()
     """Endpoint id → wall clock of its last report, of those that have missed reports."""
+    keys_version: str = ""
+    """The version of the API keys; empty while the controller does not know them."""
 
     def note_of(self, tier: str) -> TierNote | None:
         """The tier's mode; None if it is simply on."""

@@ -36,6 +36,7 @@ class LaneKey(NamedTuple):
     exclude: frozenset[str]
     auto: bool
     floor: int
+    allowed: frozenset[int] | None
 
 
 class QueuedRequest(NamedTuple):
@@ -176,6 +177,7 @@ def lane_key(route: Route, request: RouteRequest) -> LaneKey:
         exclude=request.exclude,
         auto=route.auto,
         floor=route.floor,
+        allowed=route.allowed,
     )
 
 
@@ -188,5 +190,6 @@ def _probe(lane: LaneKey, priority: Priority) -> tuple[Route, RouteRequest]:
         bridge=lane.bridge,
         auto=lane.auto,
         floor=lane.floor,
+        allowed=lane.allowed,
     )
     return route, RouteRequest(priority=priority, api=lane.api, inputs=lane.inputs, exclude=lane.exclude)

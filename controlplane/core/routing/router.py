@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.core.domain.request import Priority
 from controlplane.core.routing.endpoint_table import EndpointLoad, EndpointTable, TierPool
+from controlplane.core.routing.restriction import restricted
 from controlplane.core.routing.scorers import better_of_two, home, scores, total
 from controlplane.core.routing.tier_table import (
     API_BITS,
@@ -242,6 +243,8 @@ def _for_embeddings(route: Route, endpoint_table: EndpointTable) -> Route:
     if route.auto:
         pools = endpoint_table.pools
         ranked = [*order, *(rank for rank in range(len(pools)) if rank >= route.floor)]
+        if route.allowed is not None:
+            ranked = [rank for rank in ranked if rank in route.allowed]
         serving = next((rank for rank in ranked if pools[rank].api_bits & _EMBEDDINGS), None)
         if serving is not None and serving != order[0]:
             order, reasons = (serving,), ("serves embeddings",)
@@ -347,6 +350,8 @@ def explain(
     """The decision for a request, and for every endpoint why it was left out or how it scored."""
     tier_table = endpoint_table.tier_table
     route = resolve(request, tier_table)
+    if request.access is not None:
+        route = restricted(route, request.access, tier_table)
     decision = choose_endpoint(route, request, endpoint_table, now_s, pick)
     if request.api is Api.EMBEDDINGS and route.refusal is None:
         route = _for_embeddings(route, endpoint_table)
@@ -381,6 +386,8 @@ def _tier_left_out(rank: int, route: Route, decision: RouteDecision, tier_table:
         return route.message
     if rank in route.order:
         return ""
+    if route.allowed is not None and rank not in route.allowed:
+        return f"tier '{name}' is not allowed by the key"
     wanted = tier_table.policies[route.order[0]].name
     if rank in route.spill or rank in route.bridge:
         if not decision.tiers:

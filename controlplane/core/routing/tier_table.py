@@ -130,6 +130,13 @@ class TierPolicy:
     """Requests for this tier never go to a tier below the one named here."""
 
 
+class TierAccess(NamedTuple):
+    """What the principal of a request may use; None: all."""
+
+    tiers: frozenset[str] | None
+    models: frozenset[str] | None
+
+
 class RouteRequest(NamedTuple):
     """What routing needs to know about a request."""
 
@@ -151,6 +158,9 @@ class RouteRequest(NamedTuple):
     """What it contains besides text, as bits of :data:`INPUT_BITS`."""
     exclude: frozenset[str] = frozenset()
     """``EndpointLoad.key`` of the endpoints that were tried for this request."""
+    access: TierAccess | None = None
+    """What its principal may use; None: all. :func:`resolve` does not apply it, see
+    :mod:`controlplane.core.routing.restriction`."""
 
 
 class RouteRefusal(StrEnum):
@@ -159,6 +169,8 @@ class RouteRefusal(StrEnum):
     UNKNOWN_MODEL = "unknown_model"
     UNKNOWN_TIER = "unknown_tier"
     """``min_tier`` names no tier."""
+    NOT_ALLOWED = "not_allowed"
+    """The request's principal may use none of the tiers."""
     BELOW_FLOOR = "below_floor"
     """Every model that the request names is below the quality floor."""
     NO_CAPABILITY = "no_capability"
@@ -187,6 +199,8 @@ class Route(NamedTuple):
     refusal: RouteRefusal | None = None
     message: str = ""
     """For the client, if refused."""
+    allowed: frozenset[int] | None = None
+    """The tiers that the request's principal may use; None: all."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -286,7 +286,7 @@ def _completion(request: Request, chat_request: ChatRequest) -> Request:
         for name, value in request.headers.items()
         if name != b"x-request-id" or chat_request.id is None
     }
-    return Request("POST", "/v1/chat/completions", "", headers, json_bytes(body))
+    return request.derived("/v1/chat/completions", headers, json_bytes(body))
 
 
 def _given(chat_request: ChatRequest, *names: str) -> dict[str, Any]:

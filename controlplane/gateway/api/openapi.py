@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from controlplane import __version__
+from controlplane.core.access.roles import Permission
 from controlplane.gateway.api.agents import MAX_BATCH, ChatRequest
 from controlplane.gateway.request_body import MAX_MODELS, MAX_NAME_CHARS
 from controlplane.http.messages import Request, Responder
@@ -24,6 +25,8 @@ class GatewayRoute(NamedTuple):
     path: str
     summary: str
     handle: Handle
+    permission: Permission
+    """What its principal needs."""
 
 
 _COMPONENT: Final = "#/components/schemas/{name}"

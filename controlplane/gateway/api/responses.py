@@ -51,8 +51,7 @@ async def serve_translated(
     except InvalidJson as error:
         raise BadRequest(f"the request body {error}", param=error.member) from None
     body = json_bytes(chat_request(fields))
-    chat = Request("POST", CHAT_PATH, request.query, request.headers, body)
-    await infer(chat, TranslatingResponder(out, fields))
+    await infer(request.derived(CHAT_PATH, request.headers, body), TranslatingResponder(out, fields))
 
 
 class TranslatingResponder:

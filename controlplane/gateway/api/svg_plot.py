@@ -38,7 +38,7 @@ def ticks(highest: float) -> list[float]:
 
 
 def label(value: float) -> str:
-    """A number in at most five characters: ``437k``, ``1.5M``, ``0.25``."""
+    """A number in at most six characters: ``437k``, ``1.5M``, ``0.25``."""
     for size, suffix in _SUFFIXES:
         if abs(value) >= size * 0.9995:
             return f"{value / size:.3g}{suffix}"

@@ -12,14 +12,16 @@ from typing import Final
 
 from controlplane.core.admission.queue import Rejected, RejectReason, Ticket, TicketState
 from controlplane.core.routing.dispatcher import Dispatcher, DispatchRefused, Started, WaitsInQueue
+from controlplane.core.routing.restriction import restricted
 from controlplane.core.routing.retry import AttemptFailure, GiveUp
 from controlplane.core.routing.router import RouteDecision
-from controlplane.core.routing.tier_table import Route, RouteRefusal, resolve, resume_route
+from controlplane.core.routing.tier_table import Route, RouteRefusal, RouteRequest, resolve, resume_route
 from controlplane.errors import (
     BadRequest,
     DeadlineExceeded,
     EndpointLost,
     EngineFailed,
+    Forbidden,
     GatewayExhausted,
     NoEndpoint,
     RequestError,
@@ -59,7 +61,10 @@ class RequestDispatch:
         table = self._dispatcher.endpoint_table
         if not table.takes_all and (inputs := inputs_of(context.body)):
             context.request = context.request._replace(inputs=inputs)
-        route = context.route = resolve(context.request, table.tier_table)
+        route = resolve(context.request, table.tier_table)
+        if context.request.access is not None:
+            route = restricted(route, context.request.access, table.tier_table)
+        context.route = route
         if self._traffic is not None and route.order:
             rank = route.order[0]
             self._traffic.arrived(rank, asleep=not table.pools[rank].loads)
@@ -94,10 +99,11 @@ class RequestDispatch:
             raise self._refusal(context, route, result.decision)
         return result
 
-    def resume_route(self, tier: str) -> Route:
+    def resume_route(self, tier: str, request: RouteRequest) -> Route:
         """The tiers that can resume a stream which ``tier`` began."""
         table = self._dispatcher.endpoint_table.tier_table
-        return resume_route(table, table.rank_of[tier])
+        route = resume_route(table, table.rank_of[tier])
+        return route if request.access is None else restricted(route, request.access, table)
 
     def start_hedge(self, context: RequestContext, route: Route) -> Started | None:
         """A slot for a second attempt beside the first; None if none is free, because a hedge is not worth
@@ -243,6 +249,8 @@ def _refusal_error(decision: RouteDecision) -> RequestError:
     message = decision.message or str(decision.refusal)
     if decision.refusal is RouteRefusal.UNKNOWN_MODEL:
         return UnknownModel(message, param="model")
+    if decision.refusal is RouteRefusal.NOT_ALLOWED:
+        return Forbidden(message, param="model", code="tier_not_allowed")
     if decision.refusal in {RouteRefusal.UNKNOWN_TIER, RouteRefusal.BELOW_FLOOR, RouteRefusal.NO_CAPABILITY}:
         return BadRequest(message)
     return NoEndpoint(message, retry_after_s=RETRY_AFTER_S)

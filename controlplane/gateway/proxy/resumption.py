@@ -57,7 +57,7 @@ class Resumption:
     ) -> None:
         """Continue a stream of ``lost`` that ``failure`` interrupted after part of it was sent, or end it
         with an error event. Raises :class:`DeadlineExceeded`."""
-        route = self._dispatch.resume_route(lost.tier)
+        route = self._dispatch.resume_route(lost.tier, context.request)
         while True:
             if failure.kind is None:
                 raise DeadlineExceeded(TOO_LATE)

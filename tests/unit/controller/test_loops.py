@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from controlplane.config import ControllerConfig
 from controlplane.controller import loops as module
 from controlplane.controller.alert_delivery import AlertDelivery
 from controlplane.controller.alerting import Alerting
+from controlplane.controller.keys import KeyRegistry
 from controlplane.controller.loops import LOOPS, SCALING, TICK, ControlLoops, PeriodicLoop
 from controlplane.controller.node_watch import NodeWatch
 from controlplane.controller.recorder import Recorder
@@ -64,6 +66,7 @@ class Rig:
             scaler=scaler,
             alerting=alerting,
             nodes=nodes,
+            keys=KeyRegistry(time.time, lambda *_: None),
         )
         self.changes = 0
         self.held: list[tuple[dict[str, str], dict[str, int]]] = []

@@ -8,6 +8,7 @@ import copy
 import itertools
 import json
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from controlplane.config.alerts import AlertsConfig
 from controlplane.config.scaling import ControllerScalingConfig
 from controlplane.controller.alert_delivery import AlertDelivery
 from controlplane.controller.alerting import Alerting
+from controlplane.controller.keys import KeyRegistry
 from controlplane.controller.node_watch import NodeWatch
 from controlplane.controller.recorder import Recorder
 from controlplane.controller.saved_state import SavedState, stored_last_events
@@ -90,6 +92,7 @@ class Plane:
             scaler=self.scaler,
             alerting=self.alerting,
             nodes=self.nodes,
+            keys=KeyRegistry(time.time, lambda *_: None),
         )
         self.saved.restore_gpus()
         self.saved.observe_nodes(NODES)

@@ -8,6 +8,8 @@ import tracemalloc
 
 import pytest
 
+from controlplane.core.access.principal import Principal
+from controlplane.core.domain.request import Priority
 from controlplane.errors import BadRequest
 from controlplane.gateway.request_body import parse, rewrite
 from controlplane.gateway.request_context import RequestContext
@@ -105,14 +107,39 @@ def test_a_name_in_a_header_is_bounded_too(header: bytes) -> None:
     assert caught.value.param == header.decode()
 
 
-def test_a_long_key_identifies_a_caller_by_its_digest() -> None:
-    def caller(key: bytes) -> str:
-        request = Request("POST", "/v1/chat/completions", "", {b"authorization": key}, b"{}")
+def test_callers_are_told_apart_by_who_was_verified_not_by_a_header() -> None:
+    def caller(principal: Principal | None) -> str:
+        request = Request("POST", "/v1/chat/completions", "", {b"authorization": b"Bearer forged"}, b"{}")
+        request.principal = principal
         return RequestContext(request, "", 0.0, 1.0).caller
 
-    assert caller(b"Bearer sk-1") == "Bearer sk-1"
-    assert len(caller(b"a" * 50_000)) == 64
-    assert caller(b"a" * 50_000) != caller(b"a" * 50_001)
+    assert caller(None) == ""
+    assert caller(Principal("a1", "agent")) == "a1"
+    assert caller(Principal("a1", "agent", team="search")) == "search"
+
+
+@pytest.mark.parametrize(
+    ("most", "asked", "given"),
+    [
+        (Priority.NORMAL, b"high", Priority.NORMAL),
+        (Priority.NORMAL, b"low", Priority.LOW),
+        (Priority.LOW, None, Priority.LOW),
+        (Priority.LOW, b"normal", Priority.LOW),
+        (Priority.HIGH, None, Priority.NORMAL),
+        (Priority.HIGH, b"high", Priority.HIGH),
+    ],
+)
+def test_a_request_can_only_lower_its_keys_priority(
+    most: Priority, asked: bytes | None, given: Priority
+) -> None:
+    headers = {b"x-priority": asked} if asked else {}
+    request = Request("POST", "/v1/chat/completions", "", headers, b"{}")
+    request.principal = Principal("a1", "agent", max_priority=most)
+    assert RequestContext(request, "", 0.0, 1.0).request.priority is given
+    hidden = b'{"metadata":{"priority":"%b"}}' % asked if asked else b"{}"
+    request = Request("POST", "/v1/chat/completions", "", {}, hidden)
+    request.principal = Principal("a1", "agent", max_priority=most)
+    assert RequestContext(request, "", 0.0, 1.0).request.priority is given
 
 
 @pytest.mark.parametrize(

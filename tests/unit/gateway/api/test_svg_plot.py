@@ -45,7 +45,7 @@ def test_ticks_reach_the_highest_figure_and_are_few(highest: float) -> None:
     assert marks[0] == 0
     assert marks[-1] >= highest * (1 - 1e-9)
     assert len(marks) <= 6
-    assert all(len(label(mark)) <= 5 for mark in marks), [label(mark) for mark in marks]
+    assert all(len(label(mark)) <= 6 for mark in marks), [label(mark) for mark in marks]
 
 
 @pytest.mark.parametrize(
