@@ -15,7 +15,6 @@ from typing import Final, NamedTuple
 from controlplane.core.domain.endpoint import EndpointState
 from controlplane.core.domain.request import Priority
 from controlplane.core.routing.endpoint_table import EndpointLoad, EndpointTable, TierPool
-from controlplane.core.routing.restriction import restricted
 from controlplane.core.routing.scorers import better_of_two, home, scores, total
 from controlplane.core.routing.tier_table import (
     API_BITS,
@@ -350,8 +349,6 @@ def explain(
     """The decision for a request, and for every endpoint why it was left out or how it scored."""
     tier_table = endpoint_table.tier_table
     route = resolve(request, tier_table)
-    if request.access is not None:
-        route = restricted(route, request.access, tier_table)
     decision = choose_endpoint(route, request, endpoint_table, now_s, pick)
     if request.api is Api.EMBEDDINGS and route.refusal is None:
         route = _for_embeddings(route, endpoint_table)

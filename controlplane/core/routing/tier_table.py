@@ -159,8 +159,7 @@ class RouteRequest(NamedTuple):
     exclude: frozenset[str] = frozenset()
     """``EndpointLoad.key`` of the endpoints that were tried for this request."""
     access: TierAccess | None = None
-    """What its principal may use; None: all. :func:`resolve` does not apply it, see
-    :mod:`controlplane.core.routing.restriction`."""
+    """What its principal may use; None: all."""
 
 
 class RouteRefusal(StrEnum):
@@ -294,8 +293,14 @@ def resolve(request: RouteRequest, table: TierTable) -> Route:
 
     The first of these that the request has decides: the list ``models``, a tier or model id in ``model``,
     ``complexity``, ``agent_type``; else the default tier. A request for a tier may spill according to the
-    tier's policy; a request for a model id or a list of models goes nowhere else.
+    tier's policy; a request for a model id or a list of models goes nowhere else. Tiers that its principal
+    may not use are left out.
     """
+    route = _resolve(request, table)
+    return route if request.access is None else _restricted(route, request.access, table)
+
+
+def _resolve(request: RouteRequest, table: TierTable) -> Route:
     floor = 0
     if request.min_tier is not None:
         rank = table.rank_of.get(request.min_tier)
@@ -323,11 +328,58 @@ def resolve(request: RouteRequest, table: TierTable) -> Route:
     return Route((tier,), (reason,), spill, bridge, auto, floor)
 
 
-def resume_route(table: TierTable, rank: int) -> Route:
+def resume_route(table: TierTable, rank: int, access: TierAccess | None = None) -> Route:
     """The route of a stream that must be resumed by the model that began it: the tiers that serve the model
     of tier ``rank``, that tier first, and no others."""
     order = (rank, *(other for other in table.same_model[rank] if other != rank))
-    return Route(order, ("resume",) * len(order))
+    route = Route(order, ("resume",) * len(order))
+    return route if access is None else _restricted(route, access, table)
+
+
+def allowed_ranks(access: TierAccess, table: TierTable) -> frozenset[int]:
+    """The ranks of the tiers that may be used."""
+    tiers, models = access
+    return frozenset(
+        rank
+        for rank, policy in enumerate(table.policies)
+        if (tiers is None or policy.name in tiers)
+        and (models is None or not models.isdisjoint((policy.name, policy.model_id, policy.model_name)))
+    )
+
+
+def _restricted(route: Route, access: TierAccess, table: TierTable) -> Route:
+    """``route`` without the tiers that may not be used. A request for ``auto`` goes to the nearest tier that
+    may be, the more capable first; any other request is refused if nothing is left."""
+    if route.refusal is not None:
+        return route
+    allowed = allowed_ranks(access, table)
+    order = tuple(rank for rank in route.order if rank in allowed)
+    if order:
+        reasons = dict(zip(route.order, route.reasons, strict=True))
+        return route._replace(
+            order=order,
+            reasons=tuple(reasons[rank] for rank in order),
+            spill=tuple(rank for rank in route.spill if rank in allowed),
+            bridge=tuple(rank for rank in route.bridge if rank in allowed),
+            allowed=allowed,
+        )
+    names = [table.policies[rank].name for rank in sorted(allowed)]
+    if route.auto:
+        wanted = route.order[0]
+        usable = [rank for rank in allowed if rank >= route.floor]
+        if usable:
+            rank = min(usable, key=lambda rank: (rank < wanted, abs(rank - wanted)))
+            spill, bridge = table.neighbours[rank][route.floor]
+            nearest = route._replace(
+                order=(rank,),
+                reasons=(f"{route.reasons[0]}, allowed by the key",),
+                spill=spill,
+                bridge=bridge,
+            )
+            return _restricted(nearest, access, table)
+    there = f"it may use {', '.join(names)}" if names else "none of its tiers or models is here"
+    asked = ", ".join(table.policies[rank].name for rank in route.order)
+    return Route((), (), refusal=RouteRefusal.NOT_ALLOWED, message=f"this key may not use {asked}: {there}")
 
 
 def _hinted(request: RouteRequest, table: TierTable) -> tuple[int, str]:

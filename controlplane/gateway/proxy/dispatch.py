@@ -12,7 +12,6 @@ from typing import Final
 
 from controlplane.core.admission.queue import Rejected, RejectReason, Ticket, TicketState
 from controlplane.core.routing.dispatcher import Dispatcher, DispatchRefused, Started, WaitsInQueue
-from controlplane.core.routing.restriction import restricted
 from controlplane.core.routing.retry import AttemptFailure, GiveUp
 from controlplane.core.routing.router import RouteDecision
 from controlplane.core.routing.tier_table import Route, RouteRefusal, RouteRequest, resolve, resume_route
@@ -61,10 +60,7 @@ class RequestDispatch:
         table = self._dispatcher.endpoint_table
         if not table.takes_all and (inputs := inputs_of(context.body)):
             context.request = context.request._replace(inputs=inputs)
-        route = resolve(context.request, table.tier_table)
-        if context.request.access is not None:
-            route = restricted(route, context.request.access, table.tier_table)
-        context.route = route
+        route = context.route = resolve(context.request, table.tier_table)
         if self._traffic is not None and route.order:
             rank = route.order[0]
             self._traffic.arrived(rank, asleep=not table.pools[rank].loads)
@@ -102,8 +98,7 @@ class RequestDispatch:
     def resume_route(self, tier: str, request: RouteRequest) -> Route:
         """The tiers that can resume a stream which ``tier`` began."""
         table = self._dispatcher.endpoint_table.tier_table
-        route = resume_route(table, table.rank_of[tier])
-        return route if request.access is None else restricted(route, request.access, table)
+        return resume_route(table, table.rank_of[tier], request.access)
 
     def start_hedge(self, context: RequestContext, route: Route) -> Started | None:
         """A slot for a second attempt beside the first; None if none is free, because a hedge is not worth
