@@ -44,6 +44,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "controlplane.cli.operating.gpus:command",
         "Show every GPU: its health, its readings and the endpoints that use it.",
     ),
+    "keys": (
+        "controlplane.cli.operating.keys:command",
+        "Create, list, rotate and revoke API keys.",
+    ),
     "nodes": (
         "controlplane.cli.operating.nodes:command",
         "Show every node: its CPUs, memory and disks, and how old the figures are.",

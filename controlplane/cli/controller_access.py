@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -19,6 +20,7 @@ from controlplane.paths import run_dir
 from controlplane.ray_cluster import session
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 class PlaneAccess:
@@ -61,6 +63,20 @@ class PlaneAccess:
                 raise
             return store.call(method, *args, **kwargs)
 
+    @property
+    def runs(self) -> bool:
+        """Whether there is a plane to call."""
+        return bool(self._ray)
+
+    @property
+    def store_path(self) -> Path:
+        """The store of a plane that does not run here now."""
+        return run_dir() / f"controller-{self._namespace}.sqlite"
+
+    def opened(self, manager: AbstractContextManager[T]) -> T:
+        """What this context manager returns; it is closed with this object."""
+        return self._open.enter_context(manager)
+
     def tiers(self) -> tuple[str, ...]:
         """The names of the tiers: of the running plane, or else those that have stored figures."""
         try:
@@ -88,7 +104,7 @@ class PlaneAccess:
     def _stored(self, why: str) -> StoredPlane | None:
         """The store in the run folder, for a plane that does not run; None if there is none."""
         if self._store is None and self._ask_store:
-            path = run_dir() / f"controller-{self._namespace}.sqlite"
+            path = self.store_path
             if path.is_file():
                 self._store = self._open.enter_context(StoredPlane(path))
                 click.echo(f"{why}. Reading what was stored: {path}", err=True)

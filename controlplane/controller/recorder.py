@@ -47,9 +47,9 @@ class Recorder:
     def __init__(self, path: Path | None) -> None:
         self.store = Store(path)
         values = self.store.values()
-        self.state: Mapping[str, Any] = {key: values[key] for key in values if not _is_record(key)}
+        self.state: Mapping[str, Any] = {key: values[key] for key in values if not is_record(key)}
         """The last saved state, written or queued."""
-        self.records: Mapping[str, Any] = {key: values[key] for key in values if _is_record(key)}
+        self.records: Mapping[str, Any] = {key: values[key] for key in values if is_record(key)}
         """The records that were stored when this began."""
         self._aside = {key: unix_s for key, unix_s, *_ in self.store.aside()}
         """When a value was last put aside, by key."""
@@ -105,7 +105,7 @@ class Recorder:
         """See :meth:`Store.take_found_late`. The next :meth:`save` removes what is not in it from the
         file."""
         found = self.store.take_found_late()
-        state = {key: found[key] for key in found if not _is_record(key)}
+        state = {key: found[key] for key in found if not is_record(key)}
         if state:
             self.state = {**state, **self.state}
         return found
@@ -177,5 +177,6 @@ class Recorder:
                 log.critical("could not be stored", write=repr(write)[:500], error=repr(error))
 
 
-def _is_record(key: str) -> bool:
+def is_record(key: str) -> bool:
+    """Whether a value of the store is one of :data:`RECORDS`."""
     return key.startswith(RECORDS)

@@ -1,0 +1,325 @@
+"""``tierplane keys``: the API keys of a plane."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any, Final, TypeVar
+
+import click
+from rich.text import Text
+
+from controlplane.cli.console import age, parse_duration, say, stdout
+from controlplane.cli.controller_access import PlaneAccess, connected, plane_options
+from controlplane.cli.fitting_table import FittingTable
+from controlplane.controller.api import ControllerApi
+from controlplane.controller.keys import KeyRequest, KeyResponse
+from controlplane.controller.offline_keys import OfflineKeys
+from controlplane.core.access.keys import Budget, BudgetPeriod, BudgetUnit, KeyLimits, KeyRecord
+from controlplane.core.access.roles import Role
+from controlplane.core.domain.request import Priority
+from controlplane.core.reconcile.commands import ActionOutcome
+from controlplane.errors import SetupError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_SIZES: Final = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
+_UNITS: Final = {
+    "tokens": BudgetUnit.TOKENS,
+    "money": BudgetUnit.MONEY,
+    "gpu-seconds": BudgetUnit.GPU_SECONDS,
+}
+_JSON: Final = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def _budget(text: str) -> Budget:
+    name, _, rest = text.partition("=")
+    amount, _, period = rest.partition("/")
+    size = amount[-1:].lower() if amount[-1:].isalpha() else ""
+    try:
+        value = float(amount.removesuffix(amount[-1:]) if size else amount) * _SIZES[size]
+        return Budget(_UNITS[name], value, BudgetPeriod(period))
+    except (KeyError, ValueError):
+        raise click.BadParameter(
+            f"'{text}' is not such as tokens=1M/day, money=50/month or gpu-seconds=3600/day",
+            param_hint="--budget",
+        ) from None
+
+
+def _expiry(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        return time.time() + parse_duration(text)
+    except ValueError:
+        pass
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError:
+        raise click.BadParameter(
+            f"'{text}' is neither a duration such as 30d nor a date such as 2027-01-31",
+            param_hint="--expires",
+        ) from None
+    unix_s = (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
+    if unix_s <= time.time():
+        raise click.BadParameter(f"'{text}' is in the past", param_hint="--expires")
+    return unix_s
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _labels(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    pairs = [text.partition("=") for text in texts]
+    for (name, equals, _), text in zip(pairs, texts, strict=True):
+        if not name or not equals:
+            raise click.BadParameter(f"'{text}' is not NAME=VALUE", param_hint="--label")
+    return tuple((name, value) for name, _, value in pairs)
+
+
+def user() -> str:
+    """Who runs this command, for the audit log."""
+    try:
+        return f"{getpass.getuser()} (command line)"
+    except (KeyError, OSError):
+        return "command line"
+
+
+@click.group()
+def command() -> None:
+    """API keys: create, list, show, revoke and rotate them.
+
+    Keys are required where gateway.auth.enabled is set. Without a running plane the keys in its store are
+    changed.
+    """
+
+
+@command.command()
+@click.option("--name", required=True, help="Whose key it is; no two valid keys have the same name.")
+@click.option("--team", default="", help="The team, for fair shares, usage and reports.")
+@click.option(
+    "--role", type=click.Choice([str(role) for role in Role]), default=str(Role.CLIENT), show_default=True,
+    help="client: models; viewer: reads what operators see; operator: everything.",
+)  # fmt: skip
+@click.option("--tiers", default="", help="The tiers that may serve it, with commas; by default all.")
+@click.option("--models", default="", help="The models that it may ask for, with commas; by default all.")
+@click.option("--requests-per-minute", type=click.IntRange(min=1), help="In any 60 seconds.")
+@click.option(
+    "--tokens-per-minute", type=click.IntRange(min=1), help="Prompt and response, in any 60 seconds."
+)
+@click.option("--concurrent", type=click.IntRange(min=1), help="Requests at one time.")
+@click.option(
+    "--budget", "budgets", multiple=True,
+    help="tokens=1M/day, money=50/month or gpu-seconds=3600/day; may be repeated.",
+)  # fmt: skip
+@click.option(
+    "--max-priority", type=click.Choice([str(priority) for priority in Priority]),
+    default=str(Priority.NORMAL), show_default=True, help="The highest priority of its requests.",
+)  # fmt: skip
+@click.option("--expires", help="When it ends: 30d, or 2027-01-31 (UTC); by default never.")
+@click.option("--label", "labels", multiple=True, help="NAME=VALUE; may be repeated.")
+@_JSON
+@plane_options
+def create(
+    name: str,
+    team: str,
+    role: str,
+    tiers: str,
+    models: str,
+    requests_per_minute: int | None,
+    tokens_per_minute: int | None,
+    concurrent: int | None,
+    budgets: tuple[str, ...],
+    max_priority: str,
+    expires: str | None,
+    labels: tuple[str, ...],
+    as_json: bool,
+    address: str | None,
+    namespace: str | None,
+) -> None:
+    """Create a key. It is shown once, and can't be shown again."""
+    request = KeyRequest(
+        name=name,
+        team=team,
+        role=Role(role),
+        tiers=_names(tiers),
+        models=_names(models),
+        limits=KeyLimits(requests_per_minute, tokens_per_minute, concurrent, tuple(map(_budget, budgets))),
+        max_priority=Priority(max_priority),
+        expires_unix_s=_expiry(expires),
+        labels=_labels(labels),
+    )
+    with connected(address, namespace) as plane:
+        response = _keys_of(plane).create(request, user())
+        url = plane.url or "http://127.0.0.1:8080"
+    _show_response(response, as_json)
+    if response.key and not as_json:
+        say(f"\n  {response.key}\n")
+        say("It is not stored and can't be shown again. To try it:")
+        say(f"  curl {url}/v1/models -H 'Authorization: Bearer {response.key}'")
+
+
+@command.command("list")
+@click.option("--all", "with_revoked", is_flag=True, help="Revoked and expired keys too.")
+@_JSON
+@plane_options
+def list_(with_revoked: bool, as_json: bool, address: str | None, namespace: str | None) -> None:
+    """List the keys, without their secrets."""
+    with connected(address, namespace) as plane:
+        records = _keys_of(plane).records()
+    now_s = time.time()
+    shown = [record for record in records if with_revoked or not record.problem(record.digest, now_s)]
+    if as_json:
+        click.echo(json.dumps({"keys": [key_value(record) for record in shown]}, indent=2))
+        return
+    if not shown:
+        say("There are no keys: create one with `tierplane keys create --name NAME`.")
+        return
+    table = FittingTable(
+        *("id", "name", "team", "role", "limits", "state"), leave=("limits", "team"), right=()
+    )
+    for record in shown:
+        state = record.problem(record.digest, now_s).removeprefix("the key ") or _validity(record, now_s)
+        table.add_row(
+            record.key_id, record.name, record.team or "-", str(record.role), limits_text(record), Text(state)
+        )
+    stdout().print(table)
+
+
+@command.command()
+@click.argument("key")
+@_JSON
+@plane_options
+def show(key: str, as_json: bool, address: str | None, namespace: str | None) -> None:
+    """Show KEY (an id or a name): what it may do, and since when."""
+    with connected(address, namespace) as plane:
+        records = _keys_of(plane).records()
+    found = [record for record in records if key in (record.key_id, record.name)]
+    if not found:
+        raise SetupError(f"there is no key '{key}': `tierplane keys list --all` shows them")
+    found.sort(key=lambda record: (record.revoked_unix_s is None, record.created_unix_s))
+    value = key_value(found[-1])
+    if as_json:
+        click.echo(json.dumps(value, indent=2))
+        return
+    for name, item in value.items():
+        if item not in (None, "", [], {}):
+            say(f"{name.replace('_', ' '):20} {_plain(name, item)}")
+
+
+@command.command()
+@click.argument("key")
+@_JSON
+@plane_options
+def revoke(key: str, as_json: bool, address: str | None, namespace: str | None) -> None:
+    """Revoke KEY (an id or a name): from now on nobody gets in with it."""
+    with connected(address, namespace) as plane:
+        response = _keys_of(plane).revoke(key, user())
+    _show_response(response, as_json)
+
+
+@command.command()
+@click.argument("key")
+@click.option(
+    "--grace", default="0s", show_default=True, help="How long the present secret stays valid, such as 1h."
+)
+@_JSON
+@plane_options
+def rotate(key: str, grace: str, as_json: bool, address: str | None, namespace: str | None) -> None:
+    """Give KEY (an id or a name) a new secret."""
+    try:
+        grace_s = 0.0 if grace in ("0", "0s") else parse_duration(grace)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--grace") from None
+    with connected(address, namespace) as plane:
+        response = _keys_of(plane).rotate(key, grace_s, user())
+    _show_response(response, as_json)
+    if response.key and not as_json:
+        say(f"\n  {response.key}")
+
+
+class _PlaneKeys:
+    """The keys of a running plane."""
+
+    def __init__(self, plane: PlaneAccess) -> None:
+        self._plane = plane
+
+    def create(self, request: KeyRequest, by: str) -> KeyResponse:
+        return self._plane.call(ControllerApi.create_key, request, by)
+
+    def revoke(self, subject: str, by: str) -> KeyResponse:
+        return self._plane.call(ControllerApi.revoke_key, subject, by)
+
+    def rotate(self, subject: str, grace_s: float, by: str) -> KeyResponse:
+        return self._plane.call(ControllerApi.rotate_key, subject, grace_s, by)
+
+    def records(self) -> tuple[KeyRecord, ...]:
+        return self._plane.call(ControllerApi.keys)
+
+
+def _keys_of(plane: PlaneAccess) -> _PlaneKeys | OfflineKeys:
+    """The keys of the running plane, or else those in the store of the run folder."""
+    if plane.runs:
+        return _PlaneKeys(plane)
+    path = plane.store_path
+    click.echo(f"No plane runs here: this uses its store, {path}", err=True)
+    return plane.opened(closing(OfflineKeys(path)))
+
+
+def _show_response(response: KeyResponse, as_json: bool) -> None:
+    """Print the outcome. Raises SetupError, or SystemExit after JSON output, if the action was refused."""
+    refused = response.outcome in {ActionOutcome.REFUSED, ActionOutcome.UNKNOWN}
+    if as_json:
+        value: dict[str, Any] = {"key": response.key} if response.key else {}
+        if response.record is not None:
+            value |= key_value(response.record)
+        value |= {"outcome": response.outcome.value, "reason": response.reason}
+        click.echo(json.dumps(value))
+        if refused:
+            raise SystemExit(1)
+    elif refused:
+        raise SetupError(response.reason)
+    else:
+        say(response.reason)
+
+
+def key_value(record: KeyRecord) -> dict[str, Any]:
+    """A key as JSON: all but its digests."""
+    value = asdict(record)
+    for name in ("digest", "previous_digest", "key_id"):
+        del value[name]
+    return {"id": record.key_id, **value, "labels": dict(record.labels)}
+
+
+def limits_text(record: KeyRecord) -> str:
+    """A key's limits in a few words; ``-`` if it has none."""
+    limits = record.limits
+    parts = [
+        f"{limit:,} {what}"
+        for limit, what in (
+            (limits.requests_per_minute, "req/min"),
+            (limits.tokens_per_minute, "tok/min"),
+            (limits.concurrent_requests, "at once"),
+        )
+        if limit is not None
+    ]
+    parts += [f"{each.amount:,g} {each.unit.replace('_', '-')}/{each.period}" for each in limits.budgets]
+    return ", ".join(parts) or "-"
+
+
+def _validity(record: KeyRecord, now_s: float) -> str:
+    if record.expires_unix_s is None:
+        return "valid"
+    return f"ends in {age(record.expires_unix_s - now_s)}"
+
+
+def _plain(name: str, item: Any) -> str:
+    if name.endswith("_unix_s"):
+        return datetime.fromtimestamp(item, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    return json.dumps(item) if isinstance(item, (dict, list, tuple)) else str(item)
