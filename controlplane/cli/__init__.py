@@ -46,7 +46,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "keys": (
         "controlplane.cli.operating.keys:command",
-        "Create, list, rotate and revoke API keys.",
+        "API keys: create, list, show, revoke and rotate them.",
     ),
     "nodes": (
         "controlplane.cli.operating.nodes:command",

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
-import structlog
 
 from controlplane.core.access.keys import (
     ID_BYTES,
@@ -34,8 +33,6 @@ from controlplane.core.access.roles import Role
 from controlplane.core.domain.request import Priority
 from controlplane.core.json_values import StoredState, to_value
 from controlplane.core.reconcile.commands import ActionOutcome
-
-log = structlog.stdlib.get_logger(__name__)
 
 STORED_AT: Final = "key/"
 """Prefix of the keys' entries in the store."""
