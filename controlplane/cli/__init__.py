@@ -104,6 +104,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "controlplane.cli.operating.explain:command",
         "Show where a request would go now and why, and why other endpoints were left out.",
     ),
+    "usage": (
+        "controlplane.cli.operating.usage:command",
+        "Show what keys, teams, tiers or sessions have used, and what it would have cost a tier higher.",
+    ),
     "validate": (
         "controlplane.cli.checking.validate:command",
         "Check a configuration file and report all problems at once.",

@@ -66,7 +66,7 @@ from controlplane.core.reconcile.replica_targets import TierTarget
 from controlplane.core.reports.recorded_traffic import Point
 from controlplane.core.reports.report import PlaneReport
 from controlplane.core.telemetry.stalled_engine import StallRules
-from controlplane.core.traffic.request_log import RequestsView, SessionOrder, SessionsView
+from controlplane.core.traffic.request_log import RequestsView, SessionOrder, SessionsView, UsageBy, UsageView
 from controlplane.node_agent.ray_actor import stop_node_agents
 from controlplane.paths import run_dir
 
@@ -354,6 +354,8 @@ class ControllerActor:
         tier: str = "",
         session: str = "",
         limit: int = 50,
+        key: str = "",
+        team: str = "",
     ) -> RequestsView:
         """See :func:`stored_requests.requests`."""
         query = partial(
@@ -364,6 +366,8 @@ class ControllerActor:
             tier=tier,
             session=session,
             limit=limit,
+            key=key,
+            team=team,
         )
         found = await asyncio.to_thread(self._recorder.store.read, query)
         return replace(found, cost_per_gpu_hour=self._config.scaling.cost_per_gpu_hour)
@@ -374,6 +378,28 @@ class ControllerActor:
         """See :func:`stored_requests.sessions`."""
         query = partial(
             stored_requests.sessions, since_unix_s=since_unix_s, order=SessionOrder(order), limit=limit
+        )
+        found = await asyncio.to_thread(self._recorder.store.read, query)
+        return replace(found, cost_per_gpu_hour=self._config.scaling.cost_per_gpu_hour)
+
+    async def usage(
+        self,
+        since_unix_s: float,
+        until_unix_s: float,
+        by: UsageBy = UsageBy.TEAM,
+        key: str = "",
+        team: str = "",
+        limit: int = 1000,
+    ) -> UsageView:
+        """See :func:`stored_requests.usage`."""
+        query = partial(
+            stored_requests.usage,
+            since_unix_s=since_unix_s,
+            until_unix_s=until_unix_s,
+            by=UsageBy(by),
+            key=key,
+            team=team,
+            limit=limit,
         )
         found = await asyncio.to_thread(self._recorder.store.read, query)
         return replace(found, cost_per_gpu_hour=self._config.scaling.cost_per_gpu_hour)

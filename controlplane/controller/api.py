@@ -26,7 +26,7 @@ from controlplane.core.reconcile.migrations import Activity
 from controlplane.core.reconcile.replica_targets import TierTarget
 from controlplane.core.reports.recorded_traffic import Point
 from controlplane.core.reports.report import PlaneReport
-from controlplane.core.traffic.request_log import RequestsView, SessionOrder, SessionsView
+from controlplane.core.traffic.request_log import RequestsView, SessionOrder, SessionsView, UsageBy, UsageView
 
 if TYPE_CHECKING:  # They take half a second to import, which commands that only query need not spend.
     from controlplane.config.alerts import AlertsConfig
@@ -210,8 +210,22 @@ class ControllerApi(Protocol):
         tier: str = "",
         session: str = "",
         limit: int = 50,
+        key: str = "",
+        team: str = "",
     ) -> RequestsView:
         """Logged requests that ended since then, the slowest or else the newest first."""
+        ...
+
+    async def usage(
+        self,
+        since_unix_s: float,
+        until_unix_s: float,
+        by: UsageBy = UsageBy.TEAM,
+        key: str = "",
+        team: str = "",
+        limit: int = 1000,
+    ) -> UsageView:
+        """What was used in the hours of a time, by key, team, tier or session."""
         ...
 
     async def sessions(

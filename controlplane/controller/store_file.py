@@ -44,6 +44,7 @@ _MIGRATIONS: Final = (
     CREATE TABLE clock (unix_s REAL NOT NULL);
     """,
     stored_requests.TABLES,
+    stored_requests.USAGE_TABLE,
 )
 """The scripts that lead to schema version 1, 2, …; a file's version is SQLite's ``user_version``."""
 _PROBES: Final = (
@@ -54,7 +55,7 @@ _PROBES: Final = (
     "SELECT number, key, unix_s, reason, value FROM aside LIMIT 1",
     "SELECT unix_s FROM clock LIMIT 1",
     "SELECT number, unix_s, request_id, total_s, gpu_s FROM requests LIMIT 1",
-    "SELECT session, hour_s, requests, gpu_s, last_unix_s FROM sessions LIMIT 1",
+    "SELECT hour_s, key, team, tier, session, requests, priced_gpu_s, last_unix_s FROM usage LIMIT 1",
 )
 """They succeed if the file has the tables of its version."""
 

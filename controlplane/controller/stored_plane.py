@@ -25,10 +25,10 @@ from controlplane.core.reports.report import (
     plane_report,
     track_step_s,
 )
-from controlplane.core.traffic.request_log import RequestsView, SessionOrder, SessionsView
+from controlplane.core.traffic.request_log import RequestsView, SessionOrder, SessionsView, UsageBy, UsageView
 from controlplane.errors import SetupError
 
-STORED_QUERIES: Final = frozenset({"events", "history", "plane_report", "requests", "sessions"})
+STORED_QUERIES: Final = frozenset({"events", "history", "plane_report", "requests", "sessions", "usage"})
 """Names of the queries that need no plane."""
 
 
@@ -75,7 +75,15 @@ class StoredPlane:
         }
 
     def requests(
-        self, since_unix_s: float, slow: bool, failed: bool, tier: str, session: str, limit: int
+        self,
+        since_unix_s: float,
+        slow: bool,
+        failed: bool,
+        tier: str,
+        session: str,
+        limit: int,
+        key: str = "",
+        team: str = "",
     ) -> RequestsView:
         """Logged requests, without a price."""
         return stored_requests.requests(
@@ -86,6 +94,16 @@ class StoredPlane:
             tier=tier,
             session=session,
             limit=limit,
+            key=key,
+            team=team,
+        )
+
+    def usage(
+        self, since_unix_s: float, until_unix_s: float, by: UsageBy, key: str, team: str, limit: int
+    ) -> UsageView:
+        """What was used, without a price."""
+        return stored_requests.usage(
+            self._database, since_unix_s, until_unix_s, by, key=key, team=team, limit=limit
         )
 
     def sessions(self, since_unix_s: float, order: SessionOrder, limit: int) -> SessionsView:

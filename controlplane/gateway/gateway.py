@@ -20,6 +20,7 @@ import structlog
 
 from controlplane.config import PlaneConfig
 from controlplane.core.access.keys import KeyTable
+from controlplane.core.access.principal import ANONYMOUS
 from controlplane.core.access.roles import Permission
 from controlplane.core.admission.queue import AdmissionQueue, AdmissionSettings
 from controlplane.core.cluster.snapshot import ClusterSnapshot, GatewayInfo, merge
@@ -453,7 +454,7 @@ class Gateway:
         send_json(out, alerts(self.snapshot))
 
     async def _usage(self, request: Request, out: Responder) -> None:
-        send_json(out, pages.usage(self.ledger, request.query))
+        send_json(out, pages.usage(self.ledger, request.query, request.principal or ANONYMOUS))
 
     async def _report(self, request: Request, out: Responder) -> None:
         minutes, form = report_page.parse_query(request.query)

@@ -60,7 +60,7 @@ class RequestContext:
     __slots__ = (
         "accusations", "api", "arrived_s", "attempts", "body", "caller", "comments_s", "deadline_s",
         "decision", "fields",
-        "first_byte_s", "generated_tokens", "gpu_s", "identity", "losses", "path", "principal",
+        "first_byte_s", "generated_tokens", "gpu_s", "identity", "losses", "next_gpu_s", "path", "principal",
         "prompt_tokens", "queued_s", "refused", "request", "request_id", "resumed", "route", "session",
         "span", "stream", "tried",
     )  # fmt: skip
@@ -143,6 +143,8 @@ class RequestContext:
         self.generated_tokens = 0
         self.gpu_s = 0.0
         """GPU time of all attempts so far (device time on engines without a GPU)."""
+        self.next_gpu_s: float | None = None
+        """What the next more capable tier would have taken; None if that is not known."""
 
     @property
     def tier(self) -> str:

@@ -50,6 +50,8 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--failed", is_flag=True, help="Show only those that did not succeed.")
 @click.option("--tier", default="", help="Show only those that this tier served or that were meant for it.")
 @click.option("--session", default="", help="Show only those of this session.")
+@click.option("--key", default="", help="Show only those of this key: an id or a name.")
+@click.option("--team", default="", help="Show only those of this team.")
 @_since
 @_top
 @_json
@@ -59,6 +61,8 @@ def command(
     failed: bool,
     tier: str,
     session: str,
+    key: str,
+    team: str,
     since_s: float,
     most: int,
     as_json: bool,
@@ -68,7 +72,7 @@ def command(
     """Show single requests that have ended: where they were served, how fast, at what cost."""
     since_unix_s = time.time() - since_s
     with connected(address, namespace) as plane:
-        found = plane.call(ControllerApi.requests, since_unix_s, slow, failed, tier, session, most)
+        found = plane.call(ControllerApi.requests, since_unix_s, slow, failed, tier, session, most, key, team)
     if as_json:
         _echo_json(found, "requests")
         return
@@ -127,11 +131,13 @@ def requests_table(found: RequestsView, unix_s: float) -> FittingTable:
     """One row per request; times are in seconds."""
     table = FittingTable(
         *("ended", "request", "tier", "outcome", "tokens", "first", "total", "queue", "tries", "resumed"),
-        *("GPU s", "cost", "api", "model", "meant for", "session", "endpoint"),
+        *("GPU s", "cost", "api", "model", "meant for", "key", "team", "session", "endpoint"),
         right=("tokens", "first", "total", "queue", "tries", "resumed", "GPU s", "cost"),
         leave=(
             "endpoint",
             "session",
+            "team",
+            "key",
             "meant for",
             "model",
             "api",
@@ -141,7 +147,7 @@ def requests_table(found: RequestsView, unix_s: float) -> FittingTable:
             "tries",
             "queue",
         ),
-        without_empty=("resumed", "cost", "meant for", "session", "first"),
+        without_empty=("resumed", "cost", "meant for", "key", "team", "session", "first"),
     )
     for item in found.requests:
         table.add_row(
@@ -160,6 +166,8 @@ def requests_table(found: RequestsView, unix_s: float) -> FittingTable:
             f"{item.api}{', streamed' if item.stream else ''}",
             item.model,
             item.asked if item.asked != item.tier else "",
+            item.key_name or item.key,
+            item.team,
             item.session,
             item.endpoint,
         )
@@ -181,11 +189,15 @@ def sessions_table(found: SessionsView, unix_s: float) -> FittingTable:
     """One row per session."""
     numbers = ("requests", "failed", "prompt", "generated", "GPU s", "cost")
     table = FittingTable(
-        "session", *numbers, "last", right=numbers, without_empty=("cost",), leave=("last", "failed")
+        *("session", "team", *numbers, "last"),
+        right=numbers,
+        without_empty=("cost", "team"),
+        leave=("last", "failed"),
     )
     for item in found.sessions:
         table.add_row(
-            item.session or "(others)",
+            item.session,
+            item.team,
             str(item.requests),
             str(item.failed),
             str(item.prompt_tokens),

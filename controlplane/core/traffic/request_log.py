@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +41,70 @@ class LoggedRequest:
     resumed: int
     gpu_s: float
     """GPU time of all attempts (device time on engines without a GPU)."""
+    key: str = ""
+    """The id of the key (or of the token's subject) that sent it; empty while no keys are required."""
+    key_name: str = ""
+    team: str = ""
+
+
+OTHERS: Final = "(others)"
+"""Stands for the sessions, or the keys, that were not counted one by one."""
+
+
+@dataclass(frozen=True, slots=True)
+class UsageSums:
+    """Sums over requests of one key and team that one tier has served, with or without a session."""
+
+    key: str
+    key_name: str
+    team: str
+    tier: str
+    """Empty for requests that no tier took."""
+    session: str
+    requests: int
+    failed: int
+    """Those that did not end with ``ok``."""
+    prompt_tokens: int
+    generated_tokens: int
+    gpu_s: float
+    next_tier_gpu_s: float
+    """What the next more capable tier would have taken, over ``priced_requests``."""
+    priced_requests: int
+    """Requests for which that is known: there is such a tier, and it has served tokens."""
+    priced_gpu_s: float
+    """What these requests took."""
+    last_unix_s: float
+
+
+class UsageBy(StrEnum):
+    """What usage is summed up by."""
+
+    KEY = "key"
+    TEAM = "team"
+    TIER = "tier"
+    SESSION = "session"
+
+
+@dataclass(frozen=True, slots=True)
+class UsageView:
+    """Usage of the hours of a time, the largest first."""
+
+    by: UsageBy
+    usage: tuple[UsageSums, ...]
+    """What was summed over is empty."""
+    from_unix_s: float
+    until_unix_s: float
+    """The beginning of the first hour and the end of the last."""
+    cost_per_gpu_hour: float = 0.0
+    """0 if no price is known."""
 
 
 @dataclass(frozen=True, slots=True)
 class SessionUsage:
-    """Sums over requests of one session."""
+    """Sums over requests of one session of one team."""
 
     session: str
-    """Empty: the sum over sessions that were not counted one by one."""
+    """:data:`OTHERS`: the sum over sessions that were not counted one by one."""
     requests: int
     failed: int
     """Those that did not end with ``ok``."""
@@ -55,6 +112,7 @@ class SessionUsage:
     generated_tokens: int
     gpu_s: float
     last_unix_s: float
+    team: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +125,8 @@ class RequestBatch:
     ended: int
     """All requests that have ended, also those of which nothing else is logged."""
     requests: tuple[LoggedRequest, ...]
-    sessions: tuple[SessionUsage, ...]
+    usage: tuple[UsageSums, ...]
+    """Of all requests that have ended."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,12 +18,13 @@ import msgspec
 
 from controlplane.core.json_values import to_value
 from controlplane.core.reports.report import MAX_WINDOW_MINUTES, MIN_WINDOW_MINUTES
-from controlplane.core.traffic.request_log import SessionOrder
+from controlplane.core.traffic.request_log import SessionOrder, UsageBy
 from controlplane.errors import BadRequest, shown
 
 MOST_EVENTS: Final = 10_000
 MOST_SERIES: Final = 100
 MOST_REQUESTS: Final = 1000
+MOST_ROWS: Final = 10_000
 MOST_PARAMETERS: Final = 20
 PREFIX: Final = "/plane/"
 
@@ -67,6 +68,20 @@ class RequestsArguments:
     tier: str = ""
     session: str = ""
     limit: Annotated[int, msgspec.Meta(ge=1, le=MOST_REQUESTS)] = 50
+    key: str = ""
+    team: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class UsageArguments:
+    """Usage in the hours of a time, by key, team, tier or session."""
+
+    since_unix_s: float
+    until_unix_s: float
+    by: UsageBy = UsageBy.TEAM
+    key: str = ""
+    team: str = ""
+    limit: Annotated[int, msgspec.Meta(ge=1, le=MOST_ROWS)] = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +100,7 @@ ARGUMENTS: Final[Mapping[str, type[Any]]] = {
     "history": HistoryArguments,
     "requests": RequestsArguments,
     "sessions": SessionsArguments,
+    "usage": UsageArguments,
 }
 """Query → its arguments. The names are those of the controller's methods."""
 
@@ -100,6 +116,7 @@ SUMMARIES: Final[Mapping[str, str]] = {
     "history": "for the command line: stored points of series",
     "requests": "for the command line: single requests that have ended, without content",
     "sessions": "for the command line: requests, tokens and GPU time by session",
+    "usage": "for the command line: requests, tokens, GPU time by key, team, tier or session",
 }
 
 

@@ -11,6 +11,8 @@ from urllib.parse import parse_qs, unquote
 
 from controlplane import __version__
 from controlplane.config import PlaneConfig
+from controlplane.core.access.principal import Principal
+from controlplane.core.access.roles import Permission
 from controlplane.core.admission.queue import AdmissionQueue
 from controlplane.core.cluster.snapshot import ClusterSnapshot, TierMode, TierNote
 from controlplane.core.domain.endpoint import EndpointState
@@ -258,13 +260,20 @@ def status(config: PlaneConfig, snapshot: ClusterSnapshot | None) -> dict[str, A
     }
 
 
-def usage(ledger: UsageLedger, query: str) -> dict[str, Any]:
-    """Requests, tokens and GPU-seconds that this gateway replica served, by tier or for ``?session=ID``."""
-    session = parse_qs(query).get("session", [""])[0]
+def usage(ledger: UsageLedger, query: str, principal: Principal) -> dict[str, Any]:
+    """Requests, tokens and GPU-seconds that this gateway replica served, by tier or for ``?session=ID``.
+
+    A principal sees the usage of its team, or its own if it has none. Who may read everything sees that of
+    all, and with ``?team=NAME`` that of one team; sessions are found by their team's name, too."""
+    asked = parse_qs(query)
+    session, team = (asked.get(name, [""])[0] for name in ("session", "team"))
+    reads_all = principal.role.allows(Permission.READ)
+    owner = team if reads_all else principal.team or principal.id
     if session:
-        found = ledger.session(session)
+        found = ledger.session(owner, session)
         return {"session": session, "usage": None if found is None else _usage(found)}
-    return {"tiers": {name: _usage(value) for name, value in ledger.tiers.items()}}
+    tiers = ledger.tiers if reads_all and not team else ledger.of_owner(owner)
+    return {"tiers": {name: _usage(value) for name, value in tiers.items()}}
 
 
 def _usage(value: Usage) -> dict[str, Any]:

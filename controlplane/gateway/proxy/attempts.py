@@ -104,7 +104,9 @@ class Attempts:
             self._metrics.wrong_usage.labels(tier).inc()
         prompt = estimate.prompt if usage.prompt is None else usage.prompt
         generated = estimate.generated if usage.generated is None else usage.generated
-        next_gpu_s = self._ledger.record(tier, context.session, prompt, generated, context.gpu_s)
+        owner = context.caller
+        next_gpu_s = self._ledger.record(tier, owner, context.session, prompt, generated, context.gpu_s)
+        context.next_gpu_s = next_gpu_s
         self._metrics.used(context, tier, prompt, generated, next_gpu_s)
 
     def failed(self, attempt: Attempt, failure: UpstreamFailure) -> None:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import Final
 
 MAX_SESSIONS: Final = 10_000
+MAX_OWNERS: Final = 1000
+"""Teams, or keys without a team, whose usage by tier is stored one by one."""
 SMOOTHING: Final = 0.05
 """Weight of the latest request in a tier's mean GPU-seconds per token."""
 
@@ -77,15 +79,19 @@ class Usage:
 
 
 class UsageLedger:
-    """Usage by tier and by session. Only the last :data:`MAX_SESSIONS` sessions are stored."""
+    """Usage by tier, by owner (a team, or a key without one) and tier, and by owner and session. Only the
+    last :data:`MAX_OWNERS` owners and :data:`MAX_SESSIONS` sessions are stored."""
 
     def __init__(self, tiers: list[str]) -> None:
         self._next = dict(zip(tiers, [*tiers[1:], ""], strict=True))
         self._rate: dict[str, float] = {}
         self.tiers: dict[str, Usage] = {tier: Usage() for tier in tiers}
-        self._sessions: OrderedDict[str, Usage] = OrderedDict()
+        self._owners: OrderedDict[str, dict[str, Usage]] = OrderedDict()
+        self._sessions: OrderedDict[tuple[str, str], Usage] = OrderedDict()
 
-    def record(self, tier: str, session: str, prompt: int, generated: int, gpu_s: float) -> float | None:
+    def record(
+        self, tier: str, owner: str, session: str, prompt: int, generated: int, gpu_s: float
+    ) -> float | None:
         """Add a finished request. Returns its estimated GPU-seconds at the next tier; None if unknown."""
         tokens = prompt + generated
         if tokens:
@@ -95,13 +101,24 @@ class UsageLedger:
         next_rate = self._rate.get(self._next.get(tier, ""))
         next_gpu_s = None if next_rate is None or not tokens else next_rate * tokens
         self.tiers.setdefault(tier, Usage()).add(prompt, generated, gpu_s, next_gpu_s)
+        if owner:
+            tiers = self._owners.setdefault(owner, {})
+            tiers.setdefault(tier, Usage()).add(prompt, generated, gpu_s, next_gpu_s)
+            self._owners.move_to_end(owner)
+            if len(self._owners) > MAX_OWNERS:
+                self._owners.popitem(last=False)
         if session:
-            self._sessions.setdefault(session, Usage()).add(prompt, generated, gpu_s, next_gpu_s)
-            self._sessions.move_to_end(session)
+            owned = owner, session
+            self._sessions.setdefault(owned, Usage()).add(prompt, generated, gpu_s, next_gpu_s)
+            self._sessions.move_to_end(owned)
             if len(self._sessions) > MAX_SESSIONS:
                 self._sessions.popitem(last=False)
         return next_gpu_s
 
-    def session(self, session: str) -> Usage | None:
-        """The usage of one session; None if it is not stored."""
-        return self._sessions.get(session)
+    def of_owner(self, owner: str) -> dict[str, Usage]:
+        """Tier → what this owner has used of it."""
+        return self._owners.get(owner, {})
+
+    def session(self, owner: str, session: str) -> Usage | None:
+        """The usage of one session of this owner; None if it is not stored."""
+        return self._sessions.get((owner, session))

@@ -1,5 +1,5 @@
-"""What one gateway replica logs of single requests between two reports: a bounded part of them, and sums by
-session. No content of a request or a response is in it."""
+"""What one gateway replica logs between two reports: single requests, a bounded part of them, and sums of all
+by key, team, tier and session. No content of a request or a response is in it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from heapq import heappush, heapreplace, nlargest
 from typing import Final
 
 from controlplane.core.domain.request import RequestOutcome
-from controlplane.core.traffic.request_log import LoggedRequest, RequestBatch, SessionUsage
+from controlplane.core.traffic.request_log import OTHERS, LoggedRequest, RequestBatch, UsageSums
 from controlplane.gateway.request_context import RequestContext
 
 MAX_REQUESTS: Final = 200
 """Requests in one batch."""
-MAX_SESSIONS: Final = 2000
-"""Sessions that are counted one by one between two batches."""
+MAX_SUMS: Final = 4000
+"""Combinations of key, tier and session that are counted one by one between two batches."""
 MAX_BATCH_SESSIONS: Final = 200
-"""Sessions in one batch, those with the most GPU time; the others are in its last item, without a name."""
+"""Sessions in one batch, those with the most GPU time; the others are summed up by key and tier."""
+MAX_BATCH_KEYS: Final = 1000
+"""Combinations of key and tier in one batch; the others are summed up by tier."""
 MAX_TEXT: Final = 128
 """Characters of a name that a client gave."""
 
@@ -50,12 +52,25 @@ class _TierRequests:
             self.stride *= 2
 
 
-class _SessionSums:
-    __slots__ = ("failed", "generated", "gpu_s", "last_s", "prompt", "requests")
+_Owner = tuple[str, str, str, str, str]
+"""Key id, name, team, tier, session."""
+
+
+class _Sums:
+    __slots__ = _SUMMED = (
+        "requests", "failed", "prompt", "generated", "gpu_s", "next_gpu_s", "priced", "priced_gpu_s",
+        "last_s",
+    )  # fmt: skip
 
     def __init__(self) -> None:
-        self.requests = self.failed = self.prompt = self.generated = 0
-        self.gpu_s = self.last_s = 0.0
+        self.requests = self.failed = self.prompt = self.generated = self.priced = 0
+        self.gpu_s = self.next_gpu_s = self.priced_gpu_s = self.last_s = 0.0
+
+    def add(self, other: _Sums) -> None:
+        """Add the sums of another owner."""
+        for name in self._SUMMED[:-1]:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.last_s = max(self.last_s, other.last_s)
 
 
 class RequestLog:
@@ -72,13 +87,12 @@ class RequestLog:
     def _begin(self) -> None:
         self._ended = 0
         self._tiers: dict[str, _TierRequests] = {}
-        self._sessions: dict[str, _SessionSums] = {}
+        self._sums: dict[_Owner, _Sums] = {}
 
     def add(self, context: RequestContext, outcome: RequestOutcome, reason: str, now_s: float) -> None:
         """Log a request that has ended."""
         self._ended += 1
-        if context.session:
-            self._count(context, outcome)
+        self._count(context, outcome)
         tier = context.tier
         of_tier = self._tiers.get(tier)
         if of_tier is None:
@@ -111,7 +125,7 @@ class RequestLog:
                 for request in (*(entry[2] for entry in of_tier.slow), *of_tier.failed, *of_tier.sample)
             ]
             self._pending = RequestBatch(
-                self._number, time.time(), self._ended, tuple(requests[:MAX_REQUESTS]), self._session_usage()
+                self._number, time.time(), self._ended, tuple(requests[:MAX_REQUESTS]), self._usage()
             )
             self._begin()
         return self._pending
@@ -122,33 +136,50 @@ class RequestLog:
             self._pending = None
 
     def _count(self, context: RequestContext, outcome: RequestOutcome) -> None:
-        session = context.session
-        sums = self._sessions.get(session)
+        who = context.principal
+        owner = (who.id, who.name, who.team, context.tier, context.session)
+        sums = self._sums.get(owner)
         if sums is None:
-            if len(self._sessions) >= MAX_SESSIONS:
-                session = ""
-            sums = self._sessions.setdefault(session, _SessionSums())
+            if len(self._sums) >= MAX_SUMS:
+                owner = (OTHERS, OTHERS, "", context.tier, OTHERS if context.session else "")
+            sums = self._sums.setdefault(owner, _Sums())
         sums.requests += 1
         sums.failed += outcome is not _OK
         sums.prompt += context.prompt_tokens
         sums.generated += context.generated_tokens
         sums.gpu_s += context.gpu_s
+        if context.next_gpu_s is not None:
+            sums.next_gpu_s += context.next_gpu_s
+            sums.priced += 1
+            sums.priced_gpu_s += context.gpu_s
         sums.last_s = time.time()
 
-    def _session_usage(self) -> tuple[SessionUsage, ...]:
-        rest = self._sessions.pop("", None) or _SessionSums()
-        named = nlargest(MAX_BATCH_SESSIONS, self._sessions.items(), key=lambda item: item[1].gpu_s)
-        for session, _ in named:
-            del self._sessions[session]
-        for sums in self._sessions.values():
-            for name in ("requests", "failed", "prompt", "generated", "gpu_s"):
-                setattr(rest, name, getattr(rest, name) + getattr(sums, name))
-            rest.last_s = max(rest.last_s, sums.last_s)
-        if rest.requests:
-            named.append(("", rest))
+    def _usage(self) -> tuple[UsageSums, ...]:
+        """The sums of all requests, in a bounded number of items."""
+        sessions = [item for item in self._sums.items() if item[0][4] not in ("", OTHERS)]
+        named = dict(nlargest(MAX_BATCH_SESSIONS, sessions, key=lambda item: item[1].gpu_s))
+        rest: dict[_Owner, _Sums] = {}
+        for owner, sums in self._sums.items():
+            if owner not in named:
+                whole = (*owner[:4], OTHERS if owner[4] else "")
+                if whole not in rest and len(rest) >= MAX_BATCH_KEYS:
+                    whole = (OTHERS, OTHERS, "", owner[3], whole[4])
+                rest.setdefault(whole, _Sums()).add(sums)
         return tuple(
-            SessionUsage(_bounded(name), s.requests, s.failed, s.prompt, s.generated, s.gpu_s, s.last_s)
-            for name, s in named
+            UsageSums(
+                *owner[:4],
+                session=_bounded(owner[4]),
+                requests=s.requests,
+                failed=s.failed,
+                prompt_tokens=s.prompt,
+                generated_tokens=s.generated,
+                gpu_s=s.gpu_s,
+                next_tier_gpu_s=s.next_gpu_s,
+                priced_requests=s.priced,
+                priced_gpu_s=s.priced_gpu_s,
+                last_unix_s=s.last_s,
+            )
+            for owner, s in (*named.items(), *rest.items())
         )
 
     def _logged(
@@ -177,6 +208,9 @@ class RequestLog:
             attempts=context.attempts,
             resumed=context.resumed,
             gpu_s=context.gpu_s,
+            key=context.principal.id,
+            key_name=context.principal.name,
+            team=context.principal.team,
         )
 
 

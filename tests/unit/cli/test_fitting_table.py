@@ -18,6 +18,7 @@ from controlplane.cli.operating.alerts import alert_table
 from controlplane.cli.operating.gpus import gpu_table
 from controlplane.cli.operating.nodes import node_table
 from controlplane.cli.operating.requests import requests_table, sessions_table
+from controlplane.cli.operating.usage import usage_table
 from controlplane.cli.planning import plan_view
 from controlplane.core.alerts.alert import AlertState, Severity, SubjectType
 from controlplane.core.alerts.views import AlertView
@@ -29,7 +30,15 @@ from controlplane.core.recommendations.log import TrackRecord
 from controlplane.core.recommendations.views import ScalingReport, TierScalingView
 from controlplane.core.reports.report import InstanceKind, InstanceReport
 from controlplane.core.telemetry.series import Freshness
-from controlplane.core.traffic.request_log import LoggedRequest, RequestsView, SessionsView, SessionUsage
+from controlplane.core.traffic.request_log import (
+    LoggedRequest,
+    RequestsView,
+    SessionsView,
+    SessionUsage,
+    UsageBy,
+    UsageSums,
+    UsageView,
+)
 from tests.support.endpoints import make_endpoint
 
 NOW_S = time.time()
@@ -106,6 +115,7 @@ def _requests() -> FittingTable:
         "model": MODEL,
     }
     values |= {"api": "completions", "outcome": "client_error", "reason": "context_length_exceeded"}
+    values |= {"key": "0123456789ab", "key_name": "the search agent of production", "team": "search"}
     values |= {"prompt_tokens": 120_000, "generated_tokens": 8192, "attempts": 3, "resumed": 2}
     item = LoggedRequest(**values)
     return requests_table(RequestsView((item,), 1, 1, 1, 3.5), NOW_S)
@@ -114,6 +124,14 @@ def _requests() -> FittingTable:
 def _sessions() -> FittingTable:
     item = SessionUsage(f"sha256:{'0' * 64}", 123_456, 789, 12_345_678, 1_234_567, 98_765.4, NOW_S)
     return sessions_table(SessionsView((item,), 1, 3.5), NOW_S)
+
+
+def _usage() -> FittingTable:
+    item = UsageSums(
+        *("0123456789ab", "the search agent of production", "search", "", "", 123_456, 789, 12_345_678),
+        *(1_234_567, 98_765.4, 197_530.8, 123_000, 98_765.4, NOW_S),
+    )
+    return usage_table(UsageView(UsageBy.KEY, (item,), 0.0, 3600.0, 3.5))
 
 
 TABLES: dict[str, tuple[Callable[[], RenderableType], tuple[str, ...]]] = {
@@ -137,6 +155,7 @@ TABLES: dict[str, tuple[Callable[[], RenderableType], tuple[str, ...]]] = {
             *(MODEL, "client_error: context_length_exceeded", "120000+8192", "125.500"),
         ),
     ),
+    "usage": (_usage, ("0123456789ab", "the search agent", "123456", "12345678", "98765.400", "x 2.00")),
     "sessions": (_sessions, (f"sha256:{'0' * 64}", "123456", "12345678", "98765.400")),
 }
 

@@ -31,12 +31,16 @@ from controlplane.core.traffic.request_log import (
     SessionOrder,
     SessionsView,
     SessionUsage,
+    UsageBy,
+    UsageSums,
+    UsageView,
 )
 from controlplane.errors import BadRequest, ControllerUnreachable, SetupError
 from controlplane.gateway.api.operator_queries import ARGUMENTS, parse_arguments
 from tests.support.controller import World
 from tests.support.gateway import running
 
+USED = UsageSums("k", "agent", "search", "", "", 3, 1, 50, 20, 0.5, 1.5, 2, 0.25, 9.0)
 LOGGED = LoggedRequest(
     *(
         1.0,
@@ -91,6 +95,7 @@ def values() -> dict[str, Any]:
         "history": {"tier/balanced/arrived": [Point(60, 60, 3, 1.25)]},
         "requests": RequestsView((LOGGED,), 5, 6, 7, 2.0),
         "sessions": SessionsView((SessionUsage("s", 1, 0, 5, 6, 0.5, 9.0),), 1),
+        "usage": UsageView(UsageBy.TEAM, (USED,), 0.0, 3600.0, 2.0),
     }
 
 
@@ -135,12 +140,30 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
     "requests": (
         ControllerApi.requests,
         (1.5, True, False, "a&b", "s=1", 7),
-        {"since_unix_s": 1.5, "slow": True, "failed": False, "tier": "a&b", "session": "s=1", "limit": 7},
+        {
+            **{
+                "since_unix_s": 1.5,
+                "slow": True,
+                "failed": False,
+                "tier": "a&b",
+                "session": "s=1",
+                "limit": 7,
+            },
+            **{"key": "", "team": ""},
+        },
     ),
     "sessions": (
         ControllerApi.sessions,
         (1.5, SessionOrder.TOKENS, 7),
         {"since_unix_s": 1.5, "order": SessionOrder.TOKENS, "limit": 7},
+    ),
+    "usage": (
+        ControllerApi.usage,
+        (1.5, 2.5, UsageBy.KEY, "agent", "search", 7),
+        {
+            **{"since_unix_s": 1.5, "until_unix_s": 2.5, "by": UsageBy.KEY, "key": "agent", "team": "search"},
+            "limit": 7,
+        },
     ),
 }
 

@@ -13,13 +13,16 @@ import pytest
 from controlplane.controller import stored_requests
 from controlplane.controller.recorder import Recorder
 from controlplane.controller.store import Store
+from controlplane.controller.store_file import _MIGRATIONS
 from controlplane.controller.stored_plane import StoredPlane
 from controlplane.core.traffic.request_log import (
+    OTHERS,
     LoggedRequest,
     RequestBatch,
     RequestsView,
     SessionOrder,
-    SessionUsage,
+    UsageBy,
+    UsageSums,
 )
 from tests.support.waiting import until
 
@@ -31,11 +34,14 @@ ONE = LoggedRequest(
 
 
 def batch(*requests: LoggedRequest, number: int = 1, ended: int = 0) -> RequestBatch:
-    sessions = tuple(
-        SessionUsage(each.session, 1, int(each.outcome != "ok"), 10, 5, each.gpu_s, each.unix_s)
+    usage = tuple(
+        UsageSums(
+            *(each.key, each.key_name, each.team, each.tier, each.session, 1, int(each.outcome != "ok")),
+            *(10, 5, each.gpu_s, 2 * each.gpu_s, 1, each.gpu_s, each.unix_s),
+        )
         for each in requests
     )
-    return RequestBatch(number, NOW_S, ended or len(requests), requests, sessions)
+    return RequestBatch(number, NOW_S, ended or len(requests), requests, usage)
 
 
 def asked(store: Store, since_s: float = 0.0, **which: object) -> RequestsView:
@@ -155,4 +161,62 @@ def test_a_damaged_row_hides_no_other(path: Path) -> None:
     good, bad = asked(store).requests
     assert good == ONE
     assert bad.total_s == 0.0
+    store.close()
+
+
+def test_usage_is_summed_by_key_team_tier_and_session_and_compared_with_the_next_tier(path: Path) -> None:
+    store = Store(path)
+    mine = replace(ONE, key="k1", key_name="agent", team="search", gpu_s=1.0)
+    other = replace(ONE, key="k2", key_name="bot", team="mail", tier="large", session="", gpu_s=5.0)
+    store.add_requests(batch(mine, mine, other, number=1))
+    store.add_requests(batch(replace(mine, key_name="agent 2", unix_s=NOW_S - 7200), number=2))
+
+    def rows(by: UsageBy, since_s: float = NOW_S - 10_000, **which: str) -> list[tuple[str, int, float]]:
+        view = store.read(
+            lambda database: stored_requests.usage(database, since_s, NOW_S + 1, by, **which)  # type: ignore[arg-type]
+        )
+        name = {"key": "key_name"}.get(by, str(by))
+        return [(getattr(each, name), each.requests, each.next_tier_gpu_s) for each in view.usage]
+
+    assert rows(UsageBy.TEAM) == [("mail", 1, 10.0), ("search", 3, 6.0)]
+    assert rows(UsageBy.TIER) == [("large", 1, 10.0), ("small", 3, 6.0)]
+    assert rows(UsageBy.SESSION) == [("s", 3, 6.0)]
+    assert rows(UsageBy.KEY, since_s=NOW_S) == [("bot", 1, 10.0), ("agent", 2, 4.0)]
+    assert rows(UsageBy.KEY, team="mail") == [("bot", 1, 10.0)]
+    assert rows(UsageBy.TIER, key="k1") == [("small", 3, 6.0)]
+    assert [each.request_id for each in asked(store, key="bot").requests] == ["r0"]
+    assert asked(store, team="search").matching == 3
+    store.close()
+    with StoredPlane(path) as stored:
+        assert stored.usage(0.0, NOW_S + 1, UsageBy.TEAM, "", "", 10).usage[0].team == "mail"
+
+
+def test_old_sessions_are_joined_and_what_was_used_stays(path: Path) -> None:
+    store = Store(path)
+    old = replace(ONE, unix_s=NOW_S - stored_requests.MAX_SESSION_AGE_S - 7200)
+    store.add_requests(batch(old, replace(old, session="t"), ONE))
+    before = store.read(lambda database: stored_requests.usage(database, 0.0, NOW_S + 1, UsageBy.TIER))
+    store.compact(NOW_S)
+    after = store.read(lambda database: stored_requests.usage(database, 0.0, NOW_S + 1, UsageBy.TIER))
+    assert before == after
+    by_session = store.read(lambda database: stored_requests.usage(database, 0.0, NOW_S + 1, UsageBy.SESSION))
+    assert [(each.session, each.requests) for each in by_session.usage] == [("s", 1)]
+    store.close()
+
+
+def test_sums_of_sessions_from_before_usage_was_stored_are_kept(path: Path) -> None:
+    hour_s = int(NOW_S) // 3600 * 3600
+    with closing(sqlite3.connect(path)) as database:
+        for number, script in enumerate(_MIGRATIONS[:3], start=1):
+            database.executescript(script)
+            database.execute(f"PRAGMA user_version = {number}")
+        add = "INSERT INTO sessions VALUES (?, ?, ?, 1, 30, 15, 1.5, ?)"
+        database.executemany(add, [("s", hour_s, 3, NOW_S), ("", hour_s, 2, NOW_S)])
+        database.commit()
+    store = Store(path)
+    assert store.warning == ""
+    found = store.read(
+        partial(stored_requests.sessions, since_unix_s=0.0, order=SessionOrder.REQUESTS, limit=9)
+    )
+    assert [(each.session, each.requests) for each in found.sessions] == [("s", 3), (OTHERS, 2)]
     store.close()

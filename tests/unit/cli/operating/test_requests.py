@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 from controlplane.cli import main
 from controlplane.cli.operating import requests as module
 from controlplane.core.traffic.request_log import (
+    OTHERS,
     LoggedRequest,
     RequestsView,
     SessionOrder,
@@ -32,7 +33,7 @@ def plane(monkeypatch: pytest.MonkeyPatch) -> FakePlane:
         sessions=SessionsView(
             (
                 SessionUsage("agent-3", 9, 1, 100, 50, 3600.0, time.time()),
-                SessionUsage("", 2, 0, 1, 1, 1.0, 0.0),
+                SessionUsage(OTHERS, 2, 0, 1, 1, 1.0, 0.0),
             ),
             1,
             cost_per_gpu_hour=2.0,
@@ -63,7 +64,7 @@ def test_a_row_says_where_how_long_why_and_at_what_cost(plane: FakePlane) -> Non
         assert text in output
     assert "1 of 5 logged requests that match; 40 of about 900" in output
     name, since_s, *rest = plane.calls[0]
-    assert (name, rest) == ("requests", [True, False, "", "", 5])
+    assert (name, rest) == ("requests", [True, False, "", "", 5, "", ""])
     assert time.time() - since_s == pytest.approx(7200, abs=60)
 
 
@@ -71,7 +72,7 @@ def test_json_has_every_member_and_the_cost(plane: FakePlane) -> None:
     (each,) = json.loads(run("requests", "--failed", "--tier", "large", "--json").stdout)["requests"]
     assert each["cost"] == pytest.approx(0.004)
     assert each["reason"] == "engine_failed"
-    assert plane.calls[0][2:] == (False, True, "large", "", 20)
+    assert plane.calls[0][2:] == (False, True, "large", "", 20, "", "")
 
 
 def test_sessions_by_cost(plane: FakePlane) -> None:

@@ -4,7 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlplane.gateway.telemetry.accounting import MAX_SESSIONS, EndpointPriceMeter, UsageLedger
+from controlplane.gateway.telemetry.accounting import (
+    MAX_OWNERS,
+    MAX_SESSIONS,
+    EndpointPriceMeter,
+    UsageLedger,
+)
 
 
 def test_two_requests_at_a_time_share_the_price() -> None:
@@ -35,10 +40,10 @@ def test_the_sum_of_charges_is_the_busy_time(spans: list[tuple[float, float]]) -
 
 def test_the_next_tier_is_priced_by_its_own_tokens() -> None:
     ledger = UsageLedger(["small", "large"])
-    assert ledger.record("small", "s", 5, 5, 1.0) is None
-    assert ledger.record("large", "", 5, 5, 4.0) is None
-    assert ledger.record("small", "s", 10, 10, 2.0) == pytest.approx(8.0)
-    usage = ledger.session("s")
+    assert ledger.record("small", "", "s", 5, 5, 1.0) is None
+    assert ledger.record("large", "", "", 5, 5, 4.0) is None
+    assert ledger.record("small", "", "s", 10, 10, 2.0) == pytest.approx(8.0)
+    usage = ledger.session("", "s")
     assert usage is not None
     assert (usage.requests, usage.unpriced_requests) == (2, 1)
     assert usage.gpu_seconds == pytest.approx(3.0)
@@ -48,6 +53,22 @@ def test_the_next_tier_is_priced_by_its_own_tokens() -> None:
 def test_sessions_are_bounded() -> None:
     ledger = UsageLedger(["small"])
     for i in range(MAX_SESSIONS + 5):
-        ledger.record("small", f"s{i}", 1, 1, 0.1)
-    assert ledger.session("s0") is None
-    assert ledger.session(f"s{MAX_SESSIONS}") is not None
+        ledger.record("small", "", f"s{i}", 1, 1, 0.1)
+    assert ledger.session("", "s0") is None
+    assert ledger.session("", f"s{MAX_SESSIONS}") is not None
+
+
+def test_owners_see_their_own_usage_and_sessions() -> None:
+    ledger = UsageLedger(["small", "large"])
+    ledger.record("small", "search", "s", 10, 1, 1.0)
+    ledger.record("large", "mail", "s", 20, 2, 2.0)
+    assert {tier: usage.prompt_tokens for tier, usage in ledger.of_owner("search").items()} == {"small": 10}
+    assert {tier: usage.prompt_tokens for tier, usage in ledger.of_owner("mail").items()} == {"large": 20}
+    of_search, of_mail = ledger.session("search", "s"), ledger.session("mail", "s")
+    assert of_search is not None
+    assert of_mail is not None
+    assert (of_search.prompt_tokens, of_mail.prompt_tokens) == (10, 20)
+    assert ledger.session("", "s") is None
+    for number in range(MAX_OWNERS):
+        ledger.record("small", f"team{number}", "", 1, 1, 0.1)
+    assert ledger.of_owner("search") == {}

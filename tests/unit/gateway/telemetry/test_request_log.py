@@ -7,12 +7,14 @@ from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
+from controlplane.core.access.principal import ANONYMOUS, Principal
 from controlplane.core.domain.request import RequestOutcome
-from controlplane.core.traffic.request_log import LoggedRequest
+from controlplane.core.traffic.request_log import OTHERS, LoggedRequest
 from controlplane.gateway.telemetry.request_log import (
+    MAX_BATCH_KEYS,
     MAX_BATCH_SESSIONS,
     MAX_REQUESTS,
-    MAX_SESSIONS,
+    MAX_SUMS,
     RequestLog,
 )
 from tests.support.gateway import CHAT, Rig, chat_body, plane, running
@@ -22,7 +24,13 @@ TIERS = ("small", "large")
 OK, FAILED = RequestOutcome.OK, RequestOutcome.FAILED
 
 
-def context(number: int, tier: str = "small", session: str = "", gpu_s: float = 0.5) -> Any:
+def context(
+    number: int,
+    tier: str = "small",
+    session: str = "",
+    gpu_s: float = 0.5,
+    principal: Principal = ANONYMOUS,
+) -> Any:
     return SimpleNamespace(
         request_id=f"r{number}",
         session=session,
@@ -40,6 +48,8 @@ def context(number: int, tier: str = "small", session: str = "", gpu_s: float = 
         attempts=1,
         resumed=0,
         gpu_s=gpu_s,
+        next_gpu_s=2 * gpu_s,
+        principal=principal,
     )
 
 
@@ -86,26 +96,40 @@ def test_a_batch_stays_until_it_is_delivered_and_nothing_is_lost_meanwhile() -> 
     assert (second.number, [each.request_id for each in second.requests]) == (first.number + 1, ["r2"])
 
 
-def test_sessions_are_bounded_and_their_sums_are_whole() -> None:
+def test_sessions_are_bounded_and_the_sums_are_whole() -> None:
     log = RequestLog(TIERS)
-    for number in range(MAX_SESSIONS + 500):
+    for number in range(MAX_SUMS + 500):
         log.add(context(number, session=f"s{number}", gpu_s=float(number % 1000)), OK, "200", 1.0)
     log.add(context(0, session="x" * 500, gpu_s=0.0), FAILED, "engine_failed", 1.0)
-    usage = log.batch().sessions
-    assert len(usage) == MAX_BATCH_SESSIONS + 1
-    assert usage[-1].session == ""
-    assert sum(each.requests for each in usage) == MAX_SESSIONS + 501
+    usage = log.batch().usage
+    assert len(usage) == MAX_BATCH_SESSIONS + 2
+    assert [each.session for each in usage[MAX_BATCH_SESSIONS:]] == [OTHERS, OTHERS]
+    assert sum(each.requests for each in usage) == MAX_SUMS + 501
     assert sum(each.failed for each in usage) == 1
     assert usage[0].gpu_s == 999.0
+
+
+def test_keys_are_bounded_and_their_sums_are_whole() -> None:
+    log = RequestLog(TIERS)
+    for number in range(MAX_SUMS + 10):
+        sender = Principal(f"id{number}", f"key {number}", team=f"team {number % 3}")
+        log.add(context(number, principal=sender), OK, "200", 1.0)
+    usage = log.batch().usage
+    assert len(usage) == MAX_BATCH_KEYS + 1
+    assert sum(each.requests for each in usage) == MAX_SUMS + 10
+    assert sum(each.next_tier_gpu_s for each in usage) == MAX_SUMS + 10
+    assert (usage[0].key, usage[0].key_name, usage[0].team) == ("id0", "key 0", "team 0")
+    assert {each.key for each in usage if each.requests > 1} == {OTHERS}
+    assert log.batch().requests[0].key == "id0"
 
 
 def test_a_long_session_is_logged_as_its_digest() -> None:
     log = RequestLog(TIERS)
     log.add(context(0, session="x" * 500), OK, "200", 1.0)
     batch = log.batch()
-    assert batch.sessions[0].session == batch.requests[0].session
-    assert batch.sessions[0].session.startswith("sha256:")
-    assert len(batch.sessions[0].session) < 128
+    assert batch.usage[0].session == batch.requests[0].session
+    assert batch.usage[0].session.startswith("sha256:")
+    assert len(batch.usage[0].session) < 128
 
 
 async def logged(rig: Rig, count: int) -> tuple[LoggedRequest, ...]:
