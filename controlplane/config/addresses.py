@@ -131,6 +131,13 @@ def _file(value: str) -> str:
     return value
 
 
+def _whole_path(value: str) -> str:
+    if not value.startswith("/"):
+        remedy = "write the whole path, such as /etc/tierplane/tls.crt: gateways run in another folder"
+        raise _fail("is not a whole path", remedy)
+    return _file(value)
+
+
 _Text = Annotated[str, Field(max_length=2048)]
 EnvName = Annotated[_Text, AfterValidator(_variable)]
 """The name of an environment variable that holds a secret."""
@@ -148,3 +155,5 @@ CollectorUrl = Annotated[_Text, AfterValidator(_collector)]
 """The address of an OTLP collector."""
 StorePath = Annotated[_Text, AfterValidator(_file)]
 """The path of a file, ``:memory:`` or an empty text."""
+CertificatePath = Annotated[_Text, AfterValidator(_whole_path)]
+"""The path of a PEM file, the same on every node."""

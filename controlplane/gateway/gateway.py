@@ -54,6 +54,7 @@ from controlplane.http.intake import IntakeSettings
 from controlplane.http.limits import ReceivingBudget
 from controlplane.http.messages import Request, Responder, send_error, send_json
 from controlplane.http.server import HttpServer
+from controlplane.http.tls import ServerTls
 
 if TYPE_CHECKING:
     from controlplane.gateway.telemetry.tracing import Tracing
@@ -220,13 +221,15 @@ class Gateway:
 
         The gateway replicas of a node share ``port``. A second, private port serves this replica's metrics to
         the other replicas; its URL uses ``node_address`` if ``host`` stands for all addresses of the node.
-        Raises OSError if a port can't be opened.
+        Raises OSError if a port can't be opened, and SetupError if a certificate can't be used.
         """
         if self._ticker is None:
             self._ticker = self.loop.create_task(self._tick())
         if port is None:
             return
-        shared = HttpServer(self.handle, **self._intake)
+        settings = self.config.gateway
+        tls = await asyncio.to_thread(ServerTls, settings.tls, "gateway.tls") if settings.tls else None
+        shared = HttpServer(self.handle, **self._intake, tls=tls)
         self.port = await shared.start(host, port)
         self._servers.append(shared)
         private = HttpServer(self._private, max_body_bytes=1024, access=self._intake["access"])

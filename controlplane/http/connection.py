@@ -16,7 +16,7 @@ import httptools
 
 from controlplane.errors import BadRequest, GatewayExhausted, RequestError, RequestTooSlow, UnknownMethod
 from controlplane.http.intake import Intake
-from controlplane.http.limits import LARGE_BODY_BYTES, RETRY_AFTER_S, ServerLimits
+from controlplane.http.limits import LARGE_BODY_BYTES, RETRY_AFTER_S, UNSENT_HIGH_BYTES, ServerLimits
 from controlplane.http.messages import JSON_TYPE, Request, error_headers, error_value, json_bytes
 from controlplane.http.responder import HttpResponder
 
@@ -71,6 +71,8 @@ class ClientConnection(asyncio.Protocol):
         self._limits = server.limits
         self._loop = server.loop
         self._transport: asyncio.Transport | None = None
+        self._handshake: asyncio.Task[None] | None = None
+        self._with_tls = False
         self._parser = httptools.HttpRequestParser(self)
         self._url = b""
         self._method = ""
@@ -103,12 +105,30 @@ class ClientConnection(asyncio.Protocol):
         """Since when the connection waits for the client: it was opened, the last response ended, or the
         request began that is arriving."""
 
+    # -- called by the listener with TLS ---------------------------------------------------------
+
+    def begin_handshake(self, task: asyncio.Task[None]) -> None:
+        """A client has connected, and ``task`` runs its TLS handshake."""
+        self._handshake = task
+        self._with_tls = True
+        self._server.opened(self)
+
+    def end_handshake(self) -> None:
+        """The handshake has ended; without success, this was the connection's end, too."""
+        self._handshake = None
+        if self._transport is None:
+            self.closed = True
+            self._server.closed(self)
+
     # -- called by asyncio -----------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client has connected."""
         self._transport = cast(asyncio.Transport, transport)  # uvloop's has all methods but not the class
-        self._server.opened(self)
+        if self._with_tls:
+            self._transport.set_write_buffer_limits(UNSENT_HIGH_BYTES)
+        else:
+            self._server.opened(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone: its handler is cancelled."""
@@ -139,6 +159,7 @@ class ClientConnection(asyncio.Protocol):
             or self._rejection is not None
             or response is None
             or response.started
+            or self._with_tls  # TLS has no half-closed connections
         ):
             return False
         self._half_closed = True
@@ -411,11 +432,15 @@ class ClientConnection(asyncio.Protocol):
         """Closes the connection once everything written has been sent."""
         if self._transport is not None:
             self._transport.close()
+        elif self._handshake is not None:
+            self._handshake.cancel()
 
     def abort(self) -> None:
         """Closes the connection at once."""
         if self._transport is not None:
             self._transport.abort()
+        elif self._handshake is not None:
+            self._handshake.cancel()
 
     # -- for the server --------------------------------------------------------------------------
 
@@ -479,6 +504,9 @@ class ClientConnection(asyncio.Protocol):
 
     def refuse_for_want_of_room(self, limit: int) -> None:
         """Answers with 503 because there are ``limit`` connections already."""
+        if self._transport is None:
+            self.abort()
+            return
         message = f"the gateway has {limit} connections already, as many as its file descriptors allow"
         self._reject(GatewayExhausted(message, retry_after_s=RETRY_AFTER_S))
 
@@ -513,7 +541,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _send_rejection(self, error: RequestError) -> None:
         """Closing a connection while its client is sending would reset it, and the response would be lost. So
-        this closes only the sending direction, and discards what arrives for a while."""
+        this closes only the sending direction (which TLS can't), and discards what arrives for a while."""
         transport = self._transport
         if transport is None or self.closed or transport.is_closing():
             return
@@ -521,5 +549,6 @@ class ClientConnection(asyncio.Protocol):
         response = HttpResponder(self, keep_alive=True, extra=extra)
         headers = [(b"content-type", JSON_TYPE), (b"connection", b"close"), *error_headers(error)]
         response.send(error.status, headers, json_bytes(error_value(error, self._url.decode("latin-1"))))
-        transport.write_eof()
+        if not self._with_tls:
+            transport.write_eof()
         self._loop.call_later(self._limits.linger_s, self.abort)

@@ -16,6 +16,8 @@ MAX_HEAD_BYTES: Final = 64 * 1024
 RETRY_AFTER_S: Final = 1.0
 LARGE_BODY_BYTES: Final = 64 * 1024
 """Smaller bodies are bounded by the number of connections."""
+UNSENT_HIGH_BYTES: Final = 64 * 1024
+"""A handler waits while more than this waits to be sent. asyncio's own limit, except with TLS."""
 _HANDLED_RATIO: Final = 4
 """The limit for bodies of requests that are being handled, as a multiple of that for those being received."""
 _KEEP_RATIO: Final = 7 / 8
@@ -38,6 +40,8 @@ class ServerLimits:
     """Headers of a request."""
     pipelined: int = 16
     """Requests that wait on a connection for the one before them; then nothing more is read from it."""
+    handshake_s: float = 10.0
+    """Seconds from a connection's begin to the end of its TLS handshake."""
     head_s: float = 10.0
     """Seconds from the first byte of a request to the end of its headers."""
     body_s: float = 30.0

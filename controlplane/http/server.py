@@ -2,8 +2,8 @@
 
 It is small because the relay's speed depends on it: a request is read completely (up to a size limit) before
 its handler runs, each write of a handler becomes one write to the socket, and when a client disconnects, its
-handler is cancelled. The parser is llhttp (through httptools). TLS and HTTP/2 are left to a load balancer in
-front of it.
+handler is cancelled. The parser is llhttp (through httptools). HTTP/2 is left to a load balancer in front
+of it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from controlplane.http.intake import Intake
 from controlplane.http.limits import ReceivingBudget, ServerLimits
 from controlplane.http.messages import Request
 from controlplane.http.responder import HttpResponder
+from controlplane.http.tls import ServerTls
+from controlplane.http.tls_listener import TlsListener
 
 __all__ = ["HttpResponder", "HttpServer"]
 
@@ -36,7 +38,8 @@ class HttpServer:
 
     ``handler`` returns None if it has sent the response, otherwise an awaitable that sends the rest, which
     runs in a task. The other arguments are those of :class:`~controlplane.http.intake.Intake`. With
-    ``share_port``, other processes of the same user may also listen on the port.
+    ``share_port``, other processes of the same user may also listen on the port. With ``tls``, clients speak
+    HTTPS.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class HttpServer:
         receiving: ReceivingBudget | None = None,
         on_refused: Callable[[RequestError], None] | None = None,
         limits: ServerLimits | None = None,
+        tls: ServerTls | None = None,
     ) -> None:
         self.intake = Intake(
             handler,
@@ -65,19 +69,25 @@ class HttpServer:
         self.connections: set[ClientConnection] = set()
         self.draining = False
         self.loop = asyncio.get_running_loop()
-        self._server: asyncio.Server | None = None
+        self._tls = tls
+        self._server: asyncio.Server | TlsListener | None = None
         self._listener: socket.socket | None = None
         self._sweeper: asyncio.Task[None] | None = None
 
     async def start(self, host: str, port: int) -> int:
         """Starts listening and returns the port. Raises OSError if the address is not available."""
         self._listener = listener = _listener(host, port, share_port=self._share_port)
-        self._server = await self.loop.create_server(
-            lambda: ClientConnection(self), sock=listener, backlog=BACKLOG
-        )
+        port = int(listener.getsockname()[1])
+        if self._tls is None:
+            self._server = await self.loop.create_server(
+                lambda: ClientConnection(self), sock=listener, backlog=BACKLOG
+            )
+        else:
+            self._server = TlsListener(listener, self._tls, self.limits, lambda: ClientConnection(self))
+            self._server.start(BACKLOG)
         if self._sweeper is None:
             self._sweeper = self.loop.create_task(self._sweep())
-        return int(listener.getsockname()[1])
+        return port
 
     def stop_listening(self) -> None:
         """Refuses new connections from now on; :meth:`start` accepts them again."""
@@ -112,6 +122,8 @@ class HttpServer:
             self._sweeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._sweeper
+        if self._tls is not None:
+            await self._tls.close()
 
     async def _accept_backlog(self) -> None:
         """Accepts the connections that the kernel has already queued for this listener. Closing the listener
@@ -123,6 +135,9 @@ class HttpServer:
             except (BlockingIOError, OSError):
                 return
             accepted.setblocking(False)
+            if isinstance(self._server, TlsListener):
+                self._server.accepted(accepted)
+                continue
             await self.loop.connect_accepted_socket(lambda: ClientConnection(self), accepted)
 
     def opened(self, connection: ClientConnection) -> None:
@@ -163,6 +178,8 @@ class HttpServer:
             if len(self.connections) > self._most_connections:
                 self._make_room()
             now_s = monotonic()
+            if self._tls is not None:
+                self._tls.refresh(now_s)
             unsent_bytes = 0
             for connection in list(self.connections):
                 connection.enforce(now_s)
