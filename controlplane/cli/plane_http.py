@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import inspect
+import os
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, Final, cast, get_type_hints
@@ -12,8 +13,10 @@ from urllib.parse import urlencode, urlsplit
 import msgspec
 
 from controlplane.controller.api import Method, P, R
+from controlplane.controller.keys import read_operator_key
 from controlplane.errors import SetupError
 from controlplane.gateway.api.operator_queries import PREFIX
+from controlplane.paths import run_dir
 
 TIMEOUT_S: Final = 6.0
 """Longer than a gateway waits for its controller."""
@@ -48,7 +51,9 @@ def _get(url: str, path: str, values: Mapping[str, Any]) -> tuple[int, bytes]:
     query = urlencode({name: _text(value) for name, value in values.items()})
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=TIMEOUT_S)
     try:
-        connection.request("GET", f"{path}?{query}" if query else path)
+        key = os.environ.get("TIERPLANE_KEY", "") or read_operator_key(run_dir())
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        connection.request("GET", f"{path}?{query}" if query else path, headers=headers)
         response = connection.getresponse()
         body = response.read(MAX_BYTES + 1)
     except (OSError, http.client.HTTPException) as error:

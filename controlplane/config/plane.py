@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from controlplane.config.access import AdminConfig, AuthConfig, LimitsConfig, TlsConfig
+from controlplane.config.access import AuthConfig, TlsConfig
 from controlplane.config.addresses import (
     CollectorUrl,
     EnvName,
@@ -465,14 +465,9 @@ class GatewayConfig(Strict):
     traces_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Share of requests that are traced; if the client has started a trace, its sampling decision applies."""
     tls: TlsConfig | None = None
-    """The certificate of the gateway's own port, which then speaks HTTPS only; also that of the operators'
-    port."""
+    """The certificate of the gateway's own port, which then speaks HTTPS only."""
     auth: AuthConfig = AuthConfig()
     """Who may use the gateway."""
-    admin: AdminConfig = AdminConfig()
-    """Where operators' routes are."""
-    limits: LimitsConfig = LimitsConfig()
-    """How keys' limits are shared by the gateway replicas."""
     queue: QueueConfig = QueueConfig()
     """The queue for requests that find all tiers full."""
     retry: RetryConfig = RetryConfig()

@@ -19,11 +19,9 @@ import msgspec
 
 from controlplane.core.access.keys import (
     ID_BYTES,
-    NO_LIMITS,
     PREFIX,
     SECRET_BYTES,
     UNKNOWN_KEYS,
-    KeyLimits,
     KeyRecord,
     KeyTable,
     digest_of,
@@ -55,7 +53,6 @@ class KeyRequest:
     role: Role = Role.CLIENT
     tiers: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
-    limits: KeyLimits = NO_LIMITS
     max_priority: Priority = Priority.NORMAL
     expires_unix_s: float | None = None
     labels: tuple[tuple[str, str], ...] = ()
@@ -74,15 +71,6 @@ class KeyRequest:
             return f"a key may have {MAX_LABELS} labels"
         if any(len(text) > MAX_NAME_CHARS for label in self.labels for text in label):
             return f"a label's name and value may have {MAX_NAME_CHARS} characters"
-        limits = self.limits
-        for what, limit in (
-            ("requests per minute", limits.requests_per_minute),
-            ("tokens per minute", limits.tokens_per_minute),
-            ("concurrent requests", limits.concurrent_requests),
-            *((f"{budget.unit} per {budget.period}", budget.amount) for budget in limits.budgets),
-        ):
-            if limit is not None and not limit > 0:
-                return f"the limit of {what} must be over 0; leave it out for no limit"
         return ""
 
 
@@ -168,7 +156,6 @@ class KeyRegistry:
             role=request.role,
             tiers=request.tiers,
             models=request.models,
-            limits=request.limits,
             max_priority=request.max_priority,
             created_unix_s=self._unix_s(),
             created_by=by,

@@ -20,7 +20,7 @@ from controlplane.cli.fitting_table import FittingTable
 from controlplane.controller.api import ControllerApi
 from controlplane.controller.keys import KeyRequest, KeyResponse
 from controlplane.controller.offline_keys import OfflineKeys
-from controlplane.core.access.keys import Budget, BudgetPeriod, BudgetUnit, KeyLimits, KeyRecord
+from controlplane.core.access.keys import KeyRecord
 from controlplane.core.access.roles import Role
 from controlplane.core.domain.request import Priority
 from controlplane.core.reconcile.commands import ActionOutcome
@@ -28,27 +28,7 @@ from controlplane.errors import SetupError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_SIZES: Final = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}
-_UNITS: Final = {
-    "tokens": BudgetUnit.TOKENS,
-    "money": BudgetUnit.MONEY,
-    "gpu-seconds": BudgetUnit.GPU_SECONDS,
-}
 _JSON: Final = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
-
-def _budget(text: str) -> Budget:
-    name, _, rest = text.partition("=")
-    amount, _, period = rest.partition("/")
-    size = amount[-1:].lower() if amount[-1:].isalpha() else ""
-    try:
-        value = float(amount.removesuffix(amount[-1:]) if size else amount) * _SIZES[size]
-        return Budget(_UNITS[name], value, BudgetPeriod(period))
-    except (KeyError, ValueError):
-        raise click.BadParameter(
-            f"'{text}' is not such as tokens=1M/day, money=50/month or gpu-seconds=3600/day",
-            param_hint="--budget",
-        ) from None
 
 
 def _expiry(text: str | None) -> float | None:
@@ -109,15 +89,6 @@ def command() -> None:
 )  # fmt: skip
 @click.option("--tiers", default="", help="The tiers that may serve it, with commas; by default all.")
 @click.option("--models", default="", help="The models that it may ask for, with commas; by default all.")
-@click.option("--requests-per-minute", type=click.IntRange(min=1), help="In any 60 seconds.")
-@click.option(
-    "--tokens-per-minute", type=click.IntRange(min=1), help="Prompt and response, in any 60 seconds."
-)
-@click.option("--concurrent", type=click.IntRange(min=1), help="Requests at one time.")
-@click.option(
-    "--budget", "budgets", multiple=True,
-    help="tokens=1M/day, money=50/month or gpu-seconds=3600/day; may be repeated.",
-)  # fmt: skip
 @click.option(
     "--max-priority", type=click.Choice([str(priority) for priority in Priority]),
     default=str(Priority.NORMAL), show_default=True, help="The highest priority of its requests.",
@@ -132,10 +103,6 @@ def create(
     role: str,
     tiers: str,
     models: str,
-    requests_per_minute: int | None,
-    tokens_per_minute: int | None,
-    concurrent: int | None,
-    budgets: tuple[str, ...],
     max_priority: str,
     expires: str | None,
     labels: tuple[str, ...],
@@ -150,7 +117,6 @@ def create(
         role=Role(role),
         tiers=_names(tiers),
         models=_names(models),
-        limits=KeyLimits(requests_per_minute, tokens_per_minute, concurrent, tuple(map(_budget, budgets))),
         max_priority=Priority(max_priority),
         expires_unix_s=_expiry(expires),
         labels=_labels(labels),
@@ -181,14 +147,11 @@ def list_(with_revoked: bool, as_json: bool, address: str | None, namespace: str
     if not shown:
         say("There are no keys: create one with `tierplane keys create --name NAME`.")
         return
-    table = FittingTable(
-        *("id", "name", "team", "role", "limits", "state"), leave=("limits", "team"), right=()
-    )
+    table = FittingTable(*("id", "name", "team", "role", "tiers", "state"), leave=("tiers", "team"), right=())
     for record in shown:
         state = record.problem(record.digest, now_s).removeprefix("the key ") or _validity(record, now_s)
-        table.add_row(
-            record.key_id, record.name, record.team or "-", str(record.role), limits_text(record), Text(state)
-        )
+        tiers = ", ".join(record.tiers) or "all"
+        table.add_row(record.key_id, record.name, record.team or "-", str(record.role), tiers, Text(state))
     stdout().print(table)
 
 
@@ -295,22 +258,6 @@ def key_value(record: KeyRecord) -> dict[str, Any]:
     for name in ("digest", "previous_digest", "key_id"):
         del value[name]
     return {"id": record.key_id, **value, "labels": dict(record.labels)}
-
-
-def limits_text(record: KeyRecord) -> str:
-    """A key's limits in a few words; ``-`` if it has none."""
-    limits = record.limits
-    parts = [
-        f"{limit:,} {what}"
-        for limit, what in (
-            (limits.requests_per_minute, "req/min"),
-            (limits.tokens_per_minute, "tok/min"),
-            (limits.concurrent_requests, "at once"),
-        )
-        if limit is not None
-    ]
-    parts += [f"{each.amount:,g} {each.unit.replace('_', '-')}/{each.period}" for each in limits.budgets]
-    return ", ".join(parts) or "-"
 
 
 def _validity(record: KeyRecord, now_s: float) -> str:

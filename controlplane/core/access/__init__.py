@@ -1,1 +1,1 @@
-"""Who may do what, and how much of it: roles, API keys, and the principal that a request comes from."""
+"""Who may do what: roles, API keys, and the principal that a request comes from."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Final
 
 from controlplane.core.access.roles import Role
@@ -17,47 +16,6 @@ from controlplane.core.domain.request import Priority
 PREFIX: Final = "tp_"
 ID_BYTES: Final = 6
 SECRET_BYTES: Final = 32
-
-
-class BudgetUnit(StrEnum):
-    """What a budget counts."""
-
-    TOKENS = "tokens"
-    """Prompt and generated tokens together."""
-    MONEY = "money"
-    """In the currency of ``controller.scaling.cost_per_gpu_hour``."""
-    GPU_SECONDS = "gpu_seconds"
-
-
-class BudgetPeriod(StrEnum):
-    """When a budget begins anew: with the day or the month of the calendar, in UTC."""
-
-    DAY = "day"
-    MONTH = "month"
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """The most that may be used in one period."""
-
-    unit: BudgetUnit
-    amount: float
-    period: BudgetPeriod
-
-
-@dataclass(frozen=True, slots=True)
-class KeyLimits:
-    """Limits of one key; None: no limit."""
-
-    requests_per_minute: int | None = None
-    """In any 60 seconds."""
-    tokens_per_minute: int | None = None
-    """Prompt and generated tokens together, in any 60 seconds."""
-    concurrent_requests: int | None = None
-    budgets: tuple[Budget, ...] = ()
-
-
-NO_LIMITS: Final = KeyLimits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +32,6 @@ class KeyRecord:
     """The tiers that may serve its requests; empty: all."""
     models: tuple[str, ...] = ()
     """The models that it may ask for by name; empty: all."""
-    limits: KeyLimits = NO_LIMITS
     max_priority: Priority = Priority.NORMAL
     """The highest priority of its requests."""
     created_unix_s: float = 0.0

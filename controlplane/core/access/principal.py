@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from controlplane.core.access.keys import NO_LIMITS, KeyLimits, KeyRecord
+from controlplane.core.access.keys import KeyRecord
 from controlplane.core.access.roles import Role
 from controlplane.core.domain.request import Priority
 
@@ -25,7 +25,6 @@ class Principal:
     """The tiers that may serve its requests; None: all."""
     models: frozenset[str] | None = None
     """The models that it may ask for by name; None: all."""
-    limits: KeyLimits = NO_LIMITS
     max_priority: Priority = Priority.NORMAL
     restricted: bool = False
     """Whether ``tiers`` or ``models`` restrict it."""
@@ -49,7 +48,6 @@ def principal_of(record: KeyRecord) -> Principal:
         role=record.role,
         tiers=frozenset(record.tiers) if record.tiers else None,
         models=frozenset(record.models) if record.models else None,
-        limits=record.limits,
         max_priority=record.max_priority,
         restricted=bool(record.tiers or record.models),
     )

@@ -15,7 +15,7 @@ from controlplane.controller.keys import (
     local_operator,
     read_operator_key,
 )
-from controlplane.core.access.keys import Budget, BudgetPeriod, BudgetUnit, KeyLimits, digest_of
+from controlplane.core.access.keys import digest_of
 from controlplane.core.access.roles import Role
 from controlplane.core.json_values import StoredState
 from controlplane.core.reconcile.commands import ActionOutcome
@@ -43,8 +43,7 @@ class Plane:
 
 def test_a_key_is_shown_once_and_only_its_digest_is_stored() -> None:
     plane = Plane()
-    limits = KeyLimits(60, 10_000, 4, (Budget(BudgetUnit.GPU_SECONDS, 3600.0, BudgetPeriod.DAY),))
-    made = plane.keys.create(KeyRequest("agent", "search", tiers=("capable",), limits=limits), "ada")
+    made = plane.keys.create(KeyRequest("agent", "search", tiers=("capable",)), "ada")
     assert made.outcome is ActionOutcome.DONE
     assert made.record is not None
     assert made.record.digest == digest_of(made.key)
@@ -93,8 +92,6 @@ def test_a_rotation_keeps_the_old_secret_for_the_grace_time() -> None:
         KeyRequest("a" * 81),
         KeyRequest("a\nb"),
         KeyRequest("a", team="\x1b[2J"),
-        KeyRequest("a", limits=KeyLimits(requests_per_minute=0)),
-        KeyRequest("a", limits=KeyLimits(budgets=(Budget(BudgetUnit.MONEY, -1.0, BudgetPeriod.DAY),))),
         KeyRequest("a", labels=(("b", "c"),) * 21),
     ],
 )
