@@ -6,6 +6,7 @@ import fcntl
 import importlib
 import os
 import secrets
+import shlex
 import signal
 import time
 import urllib.error
@@ -28,6 +29,7 @@ from controlplane.cli.lifecycle.stopping import stop_plane
 from controlplane.cli.lifecycle.watched import leave, watched
 from controlplane.config import ServeFile
 from controlplane.config.examples import example_path
+from controlplane.controller.keys import OPERATOR_KEY_FILE
 from controlplane.core.cluster.snapshot import ClusterSnapshot
 from controlplane.core.cluster.status import TierStatus, tier_statuses
 from controlplane.core.cluster.tier_spec import TierSpec
@@ -195,6 +197,7 @@ def _new_record(file: ServeFile, address: str) -> RunRecord:
         session.stop(old)
         session.record_path().unlink(missing_ok=True)
     gateway, ingress = file.plane.gateway, _reachable_host(file.http_host)
+    own_port = f"{'https' if gateway.tls else 'http'}://{_reachable_host(gateway.host)}:{gateway.port}"
     applications = file.raw.get("applications") or []
     return RunRecord(
         plane_id=secrets.token_hex(8),
@@ -206,7 +209,7 @@ def _new_record(file: ServeFile, address: str) -> RunRecord:
         started_unix_s=time.time(),
         owns_ray=not address,
         ray_address=address,
-        gateway_url=f"http://{_reachable_host(gateway.host)}:{gateway.port}" if gateway.port else "",
+        gateway_url=own_port if gateway.port else "",
         ingress_url=f"http://{ingress}:{file.http_port}{(file.route_prefix or '/').rstrip('/')}",
     )
 
@@ -316,7 +319,8 @@ def _wait_for_tiers(
     specs = tier_specs(file.plane)
     snapshot = ClusterSnapshot("", 0, 0.0)
     checked_s = 0.0
-    url = record.gateway_url or record.ingress_url
+    # Serve's ingress is asked where the gateway's own port may want a client's certificate.
+    url = record.ingress_url if file.plane.gateway.tls else record.gateway_url or record.ingress_url
     while True:
         _check(interrupts)
         now_s = time.monotonic()
@@ -402,11 +406,12 @@ def _report_ready(
     tier = file.plane.gateway.default_tier or next(
         (each.name for each in file.plane.tiers if each.name == "balanced"), file.plane.tiers[0].name
     )
+    key_file = str(run_dir() / OPERATOR_KEY_FILE) if file.plane.gateway.auth.enabled else ""
     memory = f", {memory_bytes / 2**30:.1f} GiB in {len(found)} processes" if found else ""
     heading = f"All tiers are ready after {ready_s:.0f} s{memory}."
     reporter.result(
         "ready",
-        f"{heading}\n\n{ready_text(record, tier, detach=detach)}",
+        f"{heading}\n\n{ready_text(record, tier, key_file, detach=detach)}",
         seconds=round(ready_s, 1),
         memory_bytes=memory_bytes,
         processes=len(found),
@@ -415,13 +420,14 @@ def _report_ready(
         gateway_url=record.gateway_url,
         ingress_url=record.ingress_url,
         dashboard_url=record.dashboard_url,
-        curl=curl_line(url, tier),
-        openai=openai_snippet(url, tier),
+        curl=curl_line(url, tier, key_file),
+        openai=openai_snippet(url, tier, key_file),
     )
 
 
-def ready_text(record: RunRecord, tier: str, *, detach: bool) -> str:
-    """Where the plane is, how to send it a request, and how to stop it."""
+def ready_text(record: RunRecord, tier: str, key_file: str = "", *, detach: bool) -> str:
+    """Where the plane is, how to send it a request, and how to stop it. ``key_file`` has the key of the
+    commands on this machine; empty if no keys are required."""
     url = record.gateway_url or record.ingress_url
     lines = [f"  OpenAI-compatible address  {url}/v1"]
     if record.gateway_url:
@@ -431,23 +437,27 @@ def ready_text(record: RunRecord, tier: str, *, detach: bool) -> str:
         token = Path(record.temp_dir) / "auth_token"
         lines.append(f"  Ray's dashboard  {record.dashboard_url} (its token is in {token})")
     lines.append(f"  to stop everything  {'`tierplane down`' if detach else 'Ctrl-C'}")
-    return "\n".join([*lines, "", curl_line(url, tier), "", openai_snippet(url, tier)])
+    if key_file:
+        lines.append("  keys for its users  `tierplane keys create --name NAME`")
+    return "\n".join([*lines, "", curl_line(url, tier, key_file), "", openai_snippet(url, tier, key_file)])
 
 
-def curl_line(url: str, model: str) -> str:
-    """A shell command that sends a request to ``model``."""
+def curl_line(url: str, model: str, key_file: str = "") -> str:
+    """A shell command that sends a request to ``model``, with the key in ``key_file``, if any."""
+    key = f' -H "Authorization: Bearer $(cat {shlex.quote(key_file)})"' if key_file else ""
     body = (
         f'{{"model": "{model}", "temperature": 0, '
         '"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
     )
-    return f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"
+    return f"curl {url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{body}'"
 
 
-def openai_snippet(url: str, model: str) -> str:
+def openai_snippet(url: str, model: str, key_file: str = "") -> str:
     """Python code that sends the same request."""
+    key = f"open({key_file!r}).read().strip()" if key_file else '"not-needed"'
     return f"""\
 from openai import OpenAI
-client = OpenAI(base_url="{url}/v1", api_key="not-needed")
+client = OpenAI(base_url="{url}/v1", api_key={key})
 answer = client.chat.completions.create(
     model="{model}", temperature=0,
     messages=[{{"role": "user", "content": "What is the capital of France?"}}],

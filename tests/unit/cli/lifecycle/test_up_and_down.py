@@ -315,6 +315,14 @@ def test_the_examples_are_complete() -> None:
     compile(openai_snippet("http://h:1", "balanced"), "snippet", "exec")
 
 
+def test_what_up_prints_has_the_key_of_the_machine_where_keys_are_required() -> None:
+    line = curl_line("http://h:1", "balanced", "/a run/operator.key")
+    assert "-H \"Authorization: Bearer $(cat '/a run/operator.key')\"" in line
+    snippet = openai_snippet("http://h:1", "balanced", "/a run/operator.key")
+    assert "api_key=open('/a run/operator.key').read().strip()" in snippet
+    compile(snippet, "snippet", "exec")
+
+
 @pytest.mark.parametrize(
     ("s", "text"), [(0, "0 s"), (-3, "0 s"), (59.9, "59 s"), (200, "3 m 20 s"), (18120, "5 h 02 m")]
 )
