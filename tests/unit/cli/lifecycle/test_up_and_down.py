@@ -120,6 +120,7 @@ def test_the_first_write_of_up_on_a_full_disk(tmp_path: Path) -> None:
 def test_a_closed_terminal_asks_for_a_stop_in_order() -> None:
     program = (
         "import os, signal\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # the tests may run under nohup
         "from controlplane.cli.lifecycle.progress import LineProgress\n"
         "from controlplane.cli.lifecycle.up import Interrupts\n"
         "interrupts = Interrupts(); interrupts.install()\n"
