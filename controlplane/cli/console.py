@@ -6,8 +6,11 @@ text goes through :func:`say` or :func:`stdout`, which remove control sequences;
 
 from __future__ import annotations
 
+import getpass
 import re
+import time
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from typing import Any, Final
 
 import click
@@ -61,3 +64,28 @@ def parse_duration(text: str) -> float:
     if match is None or float(match[1]) <= 0:
         raise ValueError(f"'{text}' is not a duration such as 90s, 30m, 2h or 1d")
     return float(match[1]) * _UNITS_S[match[2]]
+
+
+def parse_time(text: str, *, ahead: bool = False) -> float:
+    """A moment as Unix seconds: ``24h`` ago (with ``ahead``, from now), or a date in UTC such as
+    ``2027-01-31``. Raises ValueError."""
+    try:
+        away_s = parse_duration(text)
+    except ValueError:
+        pass
+    else:
+        return time.time() + (away_s if ahead else -away_s)
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError:
+        message = f"'{text}' is neither a duration such as 24h or 30d nor a date such as 2027-01-31"
+        raise ValueError(message) from None
+    return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
+
+
+def user_name() -> str:
+    """Who runs this command; empty if the system has no name for the user."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return ""

@@ -12,13 +12,14 @@ import asyncio
 import gc
 import os
 import secrets
+import sqlite3
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import structlog
@@ -71,6 +72,8 @@ from controlplane.node_agent.ray_actor import stop_node_agents
 from controlplane.paths import run_dir
 
 IN_MEMORY = ":memory:"
+
+V = TypeVar("V", RequestsView, SessionsView, UsageView)
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -369,8 +372,7 @@ class ControllerActor:
             key=key,
             team=team,
         )
-        found = await asyncio.to_thread(self._recorder.store.read, query)
-        return replace(found, cost_per_gpu_hour=self._config.scaling.cost_per_gpu_hour)
+        return await self._priced(query)
 
     async def sessions(
         self, since_unix_s: float, order: SessionOrder = SessionOrder.COST, limit: int = 20
@@ -379,8 +381,7 @@ class ControllerActor:
         query = partial(
             stored_requests.sessions, since_unix_s=since_unix_s, order=SessionOrder(order), limit=limit
         )
-        found = await asyncio.to_thread(self._recorder.store.read, query)
-        return replace(found, cost_per_gpu_hour=self._config.scaling.cost_per_gpu_hour)
+        return await self._priced(query)
 
     async def usage(
         self,
@@ -401,6 +402,10 @@ class ControllerActor:
             team=team,
             limit=limit,
         )
+        return await self._priced(query)
+
+    async def _priced(self, query: Callable[[sqlite3.Connection], V]) -> V:
+        """The result of a query to the store, with the price of GPU time."""
         found = await asyncio.to_thread(self._recorder.store.read, query)
         return replace(found, cost_per_gpu_hour=self._config.scaling.cost_per_gpu_hour)
 

@@ -25,7 +25,7 @@ from controlplane.core.access.keys import (
     KeyRecord,
     KeyTable,
     digest_of,
-    make_key,
+    find_key,
 )
 from controlplane.core.access.roles import Role
 from controlplane.core.domain.request import Priority
@@ -147,7 +147,7 @@ class KeyRegistry:
         if not self._make_room():
             return KeyResponse(ActionOutcome.REFUSED, f"there are {MAX_KEYS} keys: revoke some of them")
         key_id = secrets.token_hex(ID_BYTES)
-        key = make_key(key_id, secrets.token_urlsafe(SECRET_BYTES))
+        key = _new_key(key_id)
         record = KeyRecord(
             key_id=key_id,
             digest=digest_of(key),
@@ -187,7 +187,7 @@ class KeyRegistry:
             )
         if not 0 <= grace_s <= 365 * 86_400:
             return KeyResponse(ActionOutcome.REFUSED, "the grace time must be from 0 s to a year", record)
-        key = make_key(record.key_id, secrets.token_urlsafe(SECRET_BYTES))
+        key = _new_key(record.key_id)
         rotated = replace(
             record,
             digest=digest_of(key),
@@ -198,17 +198,13 @@ class KeyRegistry:
         return KeyResponse(ActionOutcome.DONE, f"key {record.key_id} has a new secret", rotated, key)
 
     def _find(self, subject: str) -> KeyRecord | KeyResponse:
-        """The key of this id or name, of several with the name the one that is not revoked."""
-        found = self._records.get(subject)
-        if found is not None:
-            return found
-        if subject in self._fixed or any(each.name == subject for each in self._fixed.values()):
+        """The key of this id or name, if it can be changed here."""
+        if find_key(self._fixed.values(), subject) is not None:
             reason = f"key '{subject}' comes from a file: change it there"
             return KeyResponse(ActionOutcome.REFUSED, reason)
-        named = [record for record in self._records.values() if record.name == subject]
-        named.sort(key=lambda record: (record.revoked_unix_s is None, record.created_unix_s))
-        if named:
-            return named[-1]
+        found = find_key(self._records.values(), subject)
+        if found is not None:
+            return found
         reason = f"there is no key '{subject[:MAX_NAME_CHARS]}': `tierplane keys list` shows them"
         return KeyResponse(ActionOutcome.UNKNOWN, reason)
 
@@ -238,13 +234,17 @@ class KeyRegistry:
             self._table = KeyTable(version, records)
 
 
+def _new_key(key_id: str) -> str:
+    return f"{PREFIX}{key_id}_{secrets.token_urlsafe(SECRET_BYTES)}"
+
+
 def local_operator(folder: Path, unix_s: float) -> KeyRecord:
     """The key of the commands on this machine, from the file in ``folder``, which is written if it is not
     there. Raises OSError."""
     path = folder / OPERATOR_KEY_FILE
     key = read_operator_key(folder)
     if not key:
-        key = make_key(secrets.token_hex(ID_BYTES), secrets.token_urlsafe(SECRET_BYTES))
+        key = _new_key(secrets.token_hex(ID_BYTES))
         folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 from controlplane.controller.keys import KeyRegistry, KeyRequest, KeyResponse
-from controlplane.controller.recorder import is_record
 from controlplane.controller.store import Store
 from controlplane.core.access.keys import KeyRecord
 from controlplane.core.domain.event import Event
@@ -25,8 +24,7 @@ class OfflineKeys:
             self._store.close()
             raise SetupError(f"the keys can't be changed: {warning}")
         self._keys = KeyRegistry(time.time, self._note)
-        values = self._store.values()
-        self._keys.restore(StoredState({key: values[key] for key in values if is_record(key)}))
+        self._keys.restore(StoredState(self._store.values()))
 
     def close(self) -> None:
         """Let a controller use the store."""

@@ -15,10 +15,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import structlog
 
+from controlplane.controller.keys import STORED_AT
 from controlplane.controller.store import Store
 from controlplane.core.domain.event import Event
 from controlplane.core.traffic.request_log import RequestBatch
@@ -36,20 +37,15 @@ RETRY_POLL_S = 2.0
 CLOSE_TIMEOUT_S = 5.0
 
 
-RECORDS: Final = ("key/", "spent/")
-"""Prefixes of values that are no part of the controller's state: each is written by itself, at once, and
-belongs to the plane whatever the cluster."""
-
-
 class Recorder:
     """One store and the thread that writes to it. With ``path`` None everything is in memory only."""
 
     def __init__(self, path: Path | None) -> None:
         self.store = Store(path)
         values = self.store.values()
-        self.state: Mapping[str, Any] = {key: values[key] for key in values if not is_record(key)}
+        self.state: Mapping[str, Any] = {key: values[key] for key in values if not _is_record(key)}
         """The last saved state, written or queued."""
-        self.records: Mapping[str, Any] = {key: values[key] for key in values if is_record(key)}
+        self.records: Mapping[str, Any] = {key: values[key] for key in values if _is_record(key)}
         """The records that were stored when this began."""
         self._aside = {key: unix_s for key, unix_s, *_ in self.store.aside()}
         """When a value was last put aside, by key."""
@@ -105,7 +101,7 @@ class Recorder:
         """See :meth:`Store.take_found_late`. The next :meth:`save` removes what is not in it from the
         file."""
         found = self.store.take_found_late()
-        state = {key: found[key] for key in found if not is_record(key)}
+        state = {key: found[key] for key in found if not _is_record(key)}
         if state:
             self.state = {**state, **self.state}
         return found
@@ -177,6 +173,7 @@ class Recorder:
                 log.critical("could not be stored", write=repr(write)[:500], error=repr(error))
 
 
-def is_record(key: str) -> bool:
-    """Whether a value of the store is one of :data:`RECORDS`."""
-    return key.startswith(RECORDS)
+def _is_record(key: str) -> bool:
+    """Whether a value of the store is a record: no part of the controller's state, but written by itself, at
+    once, and valid whatever the cluster."""
+    return key.startswith(STORED_AT)

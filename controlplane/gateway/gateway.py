@@ -255,8 +255,8 @@ class Gateway:
 
     def needs_keys(self, snapshot: ClusterSnapshot) -> bool:
         """Whether the API keys that belong to this snapshot are others than those in use."""
-        known = self.authenticator.version if self.authenticator is not None else snapshot.keys_version
-        return snapshot.keys_version not in ("", known)
+        version = snapshot.keys_version
+        return self.authenticator is not None and version not in ("", self.authenticator.version)
 
     def apply_keys(self, table: KeyTable) -> None:
         """Accept these API keys from now on."""

@@ -115,7 +115,7 @@ class RequestContext:
                 session_key=_hash(f"{self.caller}/{session}") if session else None,
                 prefix_key=None if session else fields.affinity_key(),
             )
-        if principal.restricted:
+        if principal.tiers is not None or principal.models is not None:
             access = TierAccess(principal.tiers, principal.models)
             self.request = self.request._replace(access=access)
         self.session = session

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import time
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from dataclasses import asdict
 import click
 from rich.text import Text
 
-from controlplane.cli.console import age, parse_duration, stdout
+from controlplane.cli.console import age, parse_duration, stdout, user_name
 from controlplane.cli.controller_access import PlaneAccess, connected, plane_options
 from controlplane.cli.fitting_table import FittingTable
 from controlplane.cli.operating.events import event_json, event_line
@@ -258,7 +257,4 @@ def _act(
 
 
 def _who() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return "operator"
+    return user_name() or "operator"

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import click
 from rich.text import Text
 
-from controlplane.cli.console import age, parse_duration, say, stdout
+from controlplane.cli.console import age, parse_duration, parse_time, say, stdout, user_name
 from controlplane.cli.controller_access import PlaneAccess, connected, plane_options
 from controlplane.cli.fitting_table import FittingTable
+from controlplane.cli.operating.operate import show_outcome
 from controlplane.controller.api import ControllerApi
 from controlplane.controller.keys import KeyRequest, KeyResponse
 from controlplane.controller.offline_keys import OfflineKeys
-from controlplane.core.access.keys import KeyRecord
+from controlplane.core.access.keys import KeyRecord, find_key
 from controlplane.core.access.roles import Role
 from controlplane.core.domain.request import Priority
-from controlplane.core.reconcile.commands import ActionOutcome
 from controlplane.errors import SetupError
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 _JSON: Final = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -35,17 +32,9 @@ def _expiry(text: str | None) -> float | None:
     if text is None:
         return None
     try:
-        return time.time() + parse_duration(text)
-    except ValueError:
-        pass
-    try:
-        at = datetime.fromisoformat(text)
-    except ValueError:
-        raise click.BadParameter(
-            f"'{text}' is neither a duration such as 30d nor a date such as 2027-01-31",
-            param_hint="--expires",
-        ) from None
-    unix_s = (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
+        unix_s = parse_time(text, ahead=True)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--expires") from None
     if unix_s <= time.time():
         raise click.BadParameter(f"'{text}' is in the past", param_hint="--expires")
     return unix_s
@@ -63,12 +52,10 @@ def _labels(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
     return tuple((name, value) for name, _, value in pairs)
 
 
-def user() -> str:
+def _by() -> str:
     """Who runs this command, for the audit log."""
-    try:
-        return f"{getpass.getuser()} (command line)"
-    except (KeyError, OSError):
-        return "command line"
+    name = user_name()
+    return f"{name} (command line)" if name else "command line"
 
 
 @click.group()
@@ -122,7 +109,7 @@ def create(
         labels=_labels(labels),
     )
     with connected(address, namespace) as plane:
-        response = _keys_of(plane).create(request, user())
+        response = _keys_of(plane).create(request, _by())
         url = plane.url or "http://127.0.0.1:8080"
     _show_response(response, as_json)
     if response.key and not as_json:
@@ -163,11 +150,10 @@ def show(key: str, as_json: bool, address: str | None, namespace: str | None) ->
     """Show KEY (an id or a name): what it may do, and since when."""
     with connected(address, namespace) as plane:
         records = _keys_of(plane).records()
-    found = [record for record in records if key in (record.key_id, record.name)]
-    if not found:
+    found = find_key(records, key)
+    if found is None:
         raise SetupError(f"there is no key '{key}': `tierplane keys list --all` shows them")
-    found.sort(key=lambda record: (record.revoked_unix_s is None, record.created_unix_s))
-    value = key_value(found[-1])
+    value = key_value(found)
     if as_json:
         click.echo(json.dumps(value, indent=2))
         return
@@ -183,7 +169,7 @@ def show(key: str, as_json: bool, address: str | None, namespace: str | None) ->
 def revoke(key: str, as_json: bool, address: str | None, namespace: str | None) -> None:
     """Revoke KEY (an id or a name): from now on nobody gets in with it."""
     with connected(address, namespace) as plane:
-        response = _keys_of(plane).revoke(key, user())
+        response = _keys_of(plane).revoke(key, _by())
     _show_response(response, as_json)
 
 
@@ -201,7 +187,7 @@ def rotate(key: str, grace: str, as_json: bool, address: str | None, namespace: 
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--grace") from None
     with connected(address, namespace) as plane:
-        response = _keys_of(plane).rotate(key, grace_s, user())
+        response = _keys_of(plane).rotate(key, grace_s, _by())
     _show_response(response, as_json)
     if response.key and not as_json:
         say(f"\n  {response.key}")
@@ -237,19 +223,10 @@ def _keys_of(plane: PlaneAccess) -> _PlaneKeys | OfflineKeys:
 
 def _show_response(response: KeyResponse, as_json: bool) -> None:
     """Print the outcome. Raises SetupError, or SystemExit after JSON output, if the action was refused."""
-    refused = response.outcome in {ActionOutcome.REFUSED, ActionOutcome.UNKNOWN}
-    if as_json:
-        value: dict[str, Any] = {"key": response.key} if response.key else {}
-        if response.record is not None:
-            value |= key_value(response.record)
-        value |= {"outcome": response.outcome.value, "reason": response.reason}
-        click.echo(json.dumps(value))
-        if refused:
-            raise SystemExit(1)
-    elif refused:
-        raise SetupError(response.reason)
-    else:
-        say(response.reason)
+    value: dict[str, Any] = {"key": response.key} if response.key else {}
+    if response.record is not None:
+        value |= key_value(response.record)
+    show_outcome(response.outcome, response.reason, value, as_json)
 
 
 def key_value(record: KeyRecord) -> dict[str, Any]:

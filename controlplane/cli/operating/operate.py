@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import click
 
@@ -30,27 +31,28 @@ def _act(
 
 
 def show_response(response: ActionResponse, as_json: bool) -> None:
-    """Print the outcome of an operator's action.
+    """Print the outcome of an operator's action; raises as :func:`show_outcome`."""
+    unchanged = "nothing to do: " if response.outcome is ActionOutcome.UNCHANGED else ""
+    names = f"{', '.join(response.subjects)}: " if unchanged and response.subjects else ""
+    text = f"{unchanged}{names}{response.reason}"
+    value = {"outcome": response.outcome.value, "reason": response.reason}  # first, in this order
+    show_outcome(
+        response.outcome, response.reason, {**value, "subjects": list(response.subjects)}, as_json, text
+    )
 
-    Raises SetupError, or SystemExit after JSON output, if the action was refused.
-    """
-    refused = response.outcome in {ActionOutcome.REFUSED, ActionOutcome.UNKNOWN}
+
+def show_outcome(
+    outcome: ActionOutcome, reason: str, value: dict[str, Any], as_json: bool, text: str = ""
+) -> None:
+    """Print the outcome of an action: ``value`` with it and its reason as JSON, or ``text`` (by default the
+    reason). Raises SetupError, or SystemExit after JSON output, if the action was refused."""
+    refused = outcome in {ActionOutcome.REFUSED, ActionOutcome.UNKNOWN}
     if as_json:
-        click.echo(
-            json.dumps(
-                {
-                    "outcome": response.outcome.value,
-                    "reason": response.reason,
-                    "subjects": list(response.subjects),
-                }
-            )
-        )
+        click.echo(json.dumps({**value, "outcome": outcome.value, "reason": reason}))
     elif refused:
-        raise SetupError(response.reason)
+        raise SetupError(reason)
     else:
-        unchanged = "nothing to do: " if response.outcome is ActionOutcome.UNCHANGED else ""
-        names = f"{', '.join(response.subjects)}: " if unchanged and response.subjects else ""
-        say(f"{unchanged}{names}{response.reason}")
+        say(text or reason)
     if refused:
         raise SystemExit(1)
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import click
 
-from controlplane.cli.console import parse_duration, stdout
+from controlplane.cli.console import parse_time, stdout
 from controlplane.cli.controller_access import connected, plane_options
 from controlplane.cli.fitting_table import FittingTable
 from controlplane.controller.api import ControllerApi
@@ -32,18 +32,10 @@ _FIGURES: Final = (
 
 
 def _when(context: click.Context, parameter: click.Parameter, value: str | None) -> float:
-    if value is None:
-        return time.time()
     try:
-        return time.time() - parse_duration(value)
-    except ValueError:
-        pass
-    try:
-        at = datetime.fromisoformat(value)
-    except ValueError:
-        message = f"'{value}' is neither a duration such as 24h nor a time such as 2027-01-31"
-        raise click.BadParameter(message) from None
-    return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
+        return time.time() if value is None else parse_time(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 @click.command()

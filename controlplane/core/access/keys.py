@@ -7,6 +7,7 @@ A key is ``tp_<id>_<secret>``: the id is public and names the key in logs and li
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -67,11 +68,18 @@ class KeyTable:
 UNKNOWN_KEYS: Final = KeyTable("")
 
 
+def find_key(records: Iterable[KeyRecord], subject: str) -> KeyRecord | None:
+    """The key of this id or name. Of several with the name, one that is not revoked comes first, then the
+    newest."""
+    named = []
+    for record in records:
+        if record.key_id == subject:
+            return record
+        if record.name == subject:
+            named.append(record)
+    return max(named, key=lambda each: (each.revoked_unix_s is None, each.created_unix_s), default=None)
+
+
 def digest_of(key: str | bytes) -> str:
     """The digest of a key."""
     return hashlib.sha256(key.encode() if isinstance(key, str) else key).hexdigest()
-
-
-def make_key(key_id: str, secret: str) -> str:
-    """The key of this id and secret."""
-    return f"{PREFIX}{key_id}_{secret}"

@@ -14,10 +14,10 @@ _RANK: Final = {Priority.LOW: 0, Priority.NORMAL: 1, Priority.HIGH: 2}
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """The owner of a key or of a token from an identity provider."""
+    """The owner of a key."""
 
     id: str
-    """The key's id, or another id that is unique over all principals; empty if keys are not required."""
+    """The key's id; empty if keys are not required."""
     name: str
     team: str = ""
     role: Role = Role.CLIENT
@@ -26,8 +26,6 @@ class Principal:
     models: frozenset[str] | None = None
     """The models that it may ask for by name; None: all."""
     max_priority: Priority = Priority.NORMAL
-    restricted: bool = False
-    """Whether ``tiers`` or ``models`` restrict it."""
 
     def priority(self, asked: Priority | None) -> Priority:
         """The priority of a request that asks for ``asked``, by default normal; never above the maximum."""
@@ -49,5 +47,4 @@ def principal_of(record: KeyRecord) -> Principal:
         tiers=frozenset(record.tiers) if record.tiers else None,
         models=frozenset(record.models) if record.models else None,
         max_priority=record.max_priority,
-        restricted=bool(record.tiers or record.models),
     )

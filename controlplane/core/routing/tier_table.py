@@ -336,7 +336,7 @@ def resume_route(table: TierTable, rank: int, access: TierAccess | None = None) 
     return route if access is None else _restricted(route, access, table)
 
 
-def allowed_ranks(access: TierAccess, table: TierTable) -> frozenset[int]:
+def _allowed_ranks(access: TierAccess, table: TierTable) -> frozenset[int]:
     """The ranks of the tiers that may be used."""
     tiers, models = access
     return frozenset(
@@ -352,7 +352,7 @@ def _restricted(route: Route, access: TierAccess, table: TierTable) -> Route:
     may be, the more capable first; any other request is refused if nothing is left."""
     if route.refusal is not None:
         return route
-    allowed = allowed_ranks(access, table)
+    allowed = _allowed_ranks(access, table)
     order = tuple(rank for rank in route.order if rank in allowed)
     if order:
         reasons = dict(zip(route.order, route.reasons, strict=True))

@@ -42,7 +42,7 @@ class LoggedRequest:
     gpu_s: float
     """GPU time of all attempts (device time on engines without a GPU)."""
     key: str = ""
-    """The id of the key (or of the token's subject) that sent it; empty while no keys are required."""
+    """The id of the key that sent it; empty while no keys are required."""
     key_name: str = ""
     team: str = ""
 

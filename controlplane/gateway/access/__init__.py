@@ -1,1 +1,1 @@
-"""Checks who a request comes from, and what it may use."""
+"""Finds out who a request comes from."""

@@ -20,7 +20,7 @@ from controlplane.core.access.principal import Principal, principal_of
 from controlplane.errors import KeysUnknown, RequestError, Unauthorized
 
 MAX_CREDENTIAL_BYTES: Final = 16 * 1024
-"""A longer key or token is refused unread."""
+"""A longer key is refused unread."""
 CHALLENGE: Final = (b"www-authenticate", b'Bearer realm="tierplane", Basic realm="tierplane"')
 RETRY_AFTER_S: Final = 1.0
 
@@ -84,7 +84,7 @@ class Authenticator:
 
 
 def _credential(headers: Mapping[bytes, bytes]) -> bytes:
-    """The key or token of a request. Raises :class:`Unauthorized` if it has none."""
+    """The key of a request. Raises :class:`Unauthorized` if it has none."""
     value = headers.get(b"authorization")
     if value is None:
         credential = headers.get(b"x-api-key", b"")
